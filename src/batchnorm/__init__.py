@@ -1,0 +1,43 @@
+"""Batch normalization for PyTorch: layers, statistics, diagnosis, and the paper's experiments.
+
+Start with :mod:`batchnorm.reference`. Names are imported at first use, so that the command line starts without torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchnorm import errors, functional, nn, reference, statistics
+    from batchnorm.environment import describe_environment
+    from batchnorm.nn import explain
+    from batchnorm.statistics import recalibrate
+
+__version__ = "0.1.0"
+__all__ = [
+    "describe_environment",
+    "errors",
+    "explain",
+    "functional",
+    "nn",
+    "recalibrate",
+    "reference",
+    "statistics",
+]
+
+HOME = {
+    "describe_environment": "batchnorm.environment",
+    "explain": "batchnorm.nn",
+    "recalibrate": "batchnorm.statistics",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+    if name in HOME:
+        return getattr(importlib.import_module(HOME[name]), name)
+    return importlib.import_module(f"batchnorm.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__

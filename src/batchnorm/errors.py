@@ -1,0 +1,28 @@
+"""The exceptions that are ours; wrong arguments of a layer raise what ``torch.nn`` raises for them.
+
+    BatchNormError
+    |-- DataError              a data file is not what it should be (also a ValueError)
+    |-- RunError               a run folder cannot be used as asked (also a RuntimeError)
+    |-- ImplementationError    the requested implementation cannot serve this call (also a RuntimeError)
+    `-- MissingExtraError      an optional dependency is not installed (also an ImportError)
+"""
+
+
+class BatchNormError(Exception):
+    """Base class: ``except BatchNormError`` catches everything this package raises on purpose."""
+
+
+class DataError(BatchNormError, ValueError):
+    """A data file is missing, truncated, or has other bytes than expected."""
+
+
+class RunError(BatchNormError, RuntimeError):
+    """A run folder exists already, belongs to another configuration, or cannot be written."""
+
+
+class ImplementationError(BatchNormError, RuntimeError):
+    """The implementation that was asked for by name cannot serve this call."""
+
+
+class MissingExtraError(BatchNormError, ImportError):
+    """A feature needs an optional dependency; the message names the extra that installs it."""

@@ -1,0 +1,290 @@
+"""Batch normalization as functions: check the arguments, choose an implementation, call it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from batchnorm import reference
+from batchnorm._ops.batch_norm import seen_through, train
+from batchnorm._ops.dtypes import HALF
+from batchnorm.reference import ACTIVATIONS, TrainOutput, activate, values_per_channel
+
+
+class Choice(NamedTuple):
+    """Which implementation serves a call, and why."""
+
+    implementation: str
+    reason: str
+
+
+REQUESTED = {
+    "aten": Choice("aten", "implementation='aten' was asked for"),
+    "reference": Choice("reference", "implementation='reference' was asked for"),
+}
+SEEN_THROUGH = Choice("reference", "a compiler, an exporter or torch.func must see plain operations")
+DEFAULT = Choice("aten", "torch's own kernel serves every device")
+IMPLEMENTATIONS = ("auto", *REQUESTED)
+
+
+def choose(implementation: str, training: bool) -> Choice:
+    """Choose the implementation of a call. A request by name never falls back to another."""
+    if implementation != "auto":
+        return REQUESTED[check_implementation(implementation)]
+    # torch.batch_norm in evaluation mode is one operation that every exporter and transform knows
+    return SEEN_THROUGH if training and seen_through() else DEFAULT
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    r"""Batch normalization with the arguments of :func:`torch.nn.functional.batch_norm`, fused with what follows it.
+
+    .. math:: y = \mathrm{act}\Big(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \mathrm{residual}\Big)
+
+    Args:
+        input: shape (N, C, *), floating point.
+        running_mean: shape (C,). Updated in place when training; used to normalize otherwise.
+        running_var: shape (C,), as ``running_mean``. It receives the unbiased batch variance.
+        weight: gamma, shape (C,), or None for 1.
+        bias: beta, shape (C,), or None for 0.
+        training: normalize by the statistics of this batch instead of the running ones.
+        momentum: weight of the new batch in the running statistics, 0 to 1.
+        eps: added to the variance.
+        residual: added before the activation, same shape as ``input``.
+        activation: "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "mish", "sigmoid", "tanh",
+            "hardswish" (with torch's default parameters), or None.
+        implementation: "auto", "aten" or "reference". A named one never falls back to another.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        ValueError: one value per channel in training, ``eps`` not positive in training, an unknown activation or
+            implementation, or only one of the two running statistics when training.
+        RuntimeError: a per-channel tensor or the residual has the wrong size, dtype or device, or running statistics
+            are missing in evaluation.
+        NotImplementedError: the input is not floating point.
+
+        When an error is raised, the running statistics are as they were before the call. An empty batch leaves
+        them unchanged too.
+
+    Source:
+        Ioffe & Szegedy 2015, Algorithm 1 and section 3.1; argument order and errors of torch 2.13.
+
+    Example:
+        >>> import torch
+        >>> running_mean, running_var = torch.zeros(1), torch.ones(1)
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> batch_norm(x, running_mean, running_var, training=True, activation="relu", eps=1e-12)
+        tensor([[0.],
+                [1.]])
+        >>> running_mean, running_var
+        (tensor([0.2000]), tensor([1.1000]))
+    """
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            batch_norm,
+            tensors,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            implementation=implementation,
+        )
+    if not training:
+        return batch_norm_inference(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps=eps,
+            residual=residual,
+            activation=activation,
+            implementation=implementation,
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum must be float, not {type(momentum).__name__}")
+    check_per_channel(input, running_mean=running_mean, running_var=running_var)
+    statistics = batch_norm_train(
+        input, weight, bias, eps=eps, residual=residual, activation=activation, implementation=implementation
+    )
+    if running_mean is not None and running_var is not None:
+        update_running_statistics(running_mean, running_var, statistics, momentum)
+    return statistics.output
+
+
+def batch_norm_train(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    eps: float = 1e-5,
+    implementation: str = "auto",
+) -> TrainOutput:
+    """Normalize a mini-batch by its own statistics, and return them. Nothing is updated in place.
+
+    Args, errors and source as in :func:`batch_norm`.
+
+    Returns:
+        ``(output, mean, var, count)``: mean and var of shape (C,), in float32 for half-precision inputs, var divided
+        by ``count``, the number of values per channel. No gradient flows into ``mean`` and ``var`` themselves; the
+        gradient of ``output`` does account for their dependence on the input.
+
+    Example:
+        >>> import torch
+        >>> batch_norm_train(torch.tensor([[1.0], [3.0]]), eps=1e-12)
+        TrainOutput(output=tensor([[-1.],
+                [ 1.]]), mean=tensor([2.]), var=tensor([1.]), count=2)
+    """
+    check_input(input, residual, activation)
+    count = values_per_channel(input)
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    check_per_channel(input, weight=weight, bias=bias)
+    choice = choose(implementation, training=True)
+    if choice.implementation != "reference":
+        output, mean, var = train(input, weight, bias, residual, eps, activation, choice.implementation)
+        return TrainOutput(output, mean, var, count)
+    output, mean, var, _ = reference.batch_norm_train(
+        input, weight, bias, residual=residual, activation=activation, eps=eps
+    )
+    return TrainOutput(output, mean.detach(), var.detach(), count)
+
+
+def batch_norm_inference(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    eps: float = 1e-5,
+    implementation: str = "auto",
+) -> Tensor:
+    """Normalize by given statistics: population or running mean and variance, shape (C,).
+
+    Other args, errors and source as in :func:`batch_norm`.
+
+    Example:
+        >>> import torch
+        >>> batch_norm_inference(torch.tensor([[1.0], [3.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
+        tensor([[0.],
+                [1.]])
+    """
+    check_input(input, residual, activation)
+    if mean is None or var is None:
+        raise RuntimeError(f"running_{'mean' if mean is None else 'var'} must be defined in evaluation mode")
+    if not eps >= 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    if choose(implementation, training=False).implementation == "reference":
+        return reference.batch_norm_inference(
+            input, mean, var, weight, bias, residual=residual, activation=activation, eps=eps
+        )
+    z = torch.batch_norm(input, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+    return activate(z, residual, activation)
+
+
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, statistics: TrainOutput, momentum: float | Tensor
+) -> None:
+    """Move running statistics towards those of a batch, in place.
+
+    ``running = (1 - momentum) * running + momentum * batch``; the variance enters unbiased (divided by count - 1).
+    An empty batch and a momentum of 0 change nothing.
+
+    Args:
+        running_mean: shape (C,), any floating dtype; narrow ones are computed in the dtype of the statistics.
+        running_var: as ``running_mean``.
+        statistics: what :func:`batch_norm_train` returned.
+        momentum: weight of the batch; a 0-dim tensor, such as 1 / num_batches_tracked, stays on its device.
+    """
+    _, mean, var, count = statistics
+    if count < 2 or (not isinstance(momentum, Tensor) and momentum == 0):
+        return
+    if running_mean.dtype != mean.dtype:
+        wide_mean, wide_var = running_mean.to(mean.dtype), running_var.to(var.dtype)
+        update_running_statistics(wide_mean, wide_var, statistics, momentum)
+        running_mean.copy_(wide_mean)
+        running_var.copy_(wide_var)
+        return
+    bessel = count / (count - 1)
+    if isinstance(momentum, Tensor):
+        running_mean.mul_(1 - momentum).add_(mean * momentum)
+        running_var.mul_(1 - momentum).add_(var * (momentum * bessel))
+    else:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(var, alpha=momentum * bessel)
+
+
+def check_input(input: Tensor, residual: Tensor | None, activation: str | None) -> None:
+    if input.dim() < 2:
+        raise RuntimeError(f"expected input of size (N, C, *), got input size {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f'"batch_norm" not implemented for \'{input.dtype}\'')
+    if activation is not None:
+        check_activation(activation)
+    if residual is not None and (
+        residual.shape != input.shape or residual.dtype != input.dtype or residual.device != input.device
+    ):
+        raise RuntimeError(
+            f"residual should have the size, dtype and device of the input: expected {tuple(input.shape)} "
+            f"{input.dtype} {input.device}, got {tuple(residual.shape)} {residual.dtype} {residual.device}"
+        )
+
+
+def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
+    num_features, dtype, device = input.shape[1], input.dtype, input.device
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != num_features:
+            raise RuntimeError(f"{name} should contain {num_features} elements not {tensor.numel()}")
+        if tensor.dtype != dtype and not (dtype in HALF and tensor.dtype == torch.float32):
+            raise RuntimeError(f"mixed dtype: {name} is {tensor.dtype}, but the input is {dtype}")
+        if tensor.device != device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {name} is on {tensor.device} "
+                f"and the input on {device}"
+            )
+
+
+def check_activation(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: expected None or one of {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+def check_implementation(implementation: str) -> str:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    return implementation

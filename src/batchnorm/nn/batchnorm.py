@@ -1,0 +1,208 @@
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d, and ``explain``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.functional import (
+    Choice,
+    batch_norm_inference,
+    batch_norm_train,
+    check_activation,
+    check_implementation,
+    check_per_channel,
+    choose,
+    update_running_statistics,
+)
+from batchnorm.reference import TrainOutput
+
+
+class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the three layers share: everything but the check of the number of dimensions."""
+
+    activation: str | None
+    implementation: str
+    last_choice: Choice | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        implementation: str = "auto",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.activation = None if activation is None else check_activation(activation)
+        self.implementation = check_implementation(implementation)
+        self.last_choice = None
+
+    @property
+    def normalizes_by_batch(self) -> bool:
+        """Whether a forward uses the statistics of its batch: in training, and where no running ones exist."""
+        return self.training or (self.running_mean is None and self.running_var is None)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalize ``input``, add ``residual`` of the same shape, apply the activation."""
+        self._check_input_dim(input)
+        by_batch = self.normalizes_by_batch
+        choice = choose(self.implementation, training=by_batch)
+        if not torch.compiler.is_compiling() and choice is not self.last_choice:
+            self.last_choice = choice
+        if not by_batch:
+            return batch_norm_inference(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                residual=residual,
+                activation=self.activation,
+                eps=self.eps,
+                implementation=choice.implementation,
+            )
+        tracks = self.training and self.track_running_stats and self.running_mean is not None
+        if tracks:
+            check_per_channel(input, running_mean=self.running_mean, running_var=self.running_var)
+        statistics = batch_norm_train(
+            input,
+            self.weight,
+            self.bias,
+            residual=residual,
+            activation=self.activation,
+            eps=self.eps,
+            implementation=choice.implementation,
+        )
+        if tracks:
+            self.track(statistics)
+        return statistics.output
+
+    def track(self, statistics: TrainOutput) -> None:
+        """Count the batch and move the running statistics; an empty batch does neither."""
+        if statistics.count == 0:
+            return
+        momentum: float | Tensor | None = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / self.num_batches_tracked.to(statistics.mean.dtype)
+        if momentum is not None and self.running_mean is not None and self.running_var is not None:
+            update_running_statistics(self.running_mean, self.running_var, statistics, momentum)
+
+    def extra_repr(self) -> str:
+        served = "" if self.last_choice is None else f" (last call: {self.last_choice.implementation})"
+        mode = "training" if self.training else "evaluation"
+        return (
+            f"{super().extra_repr()}, activation={self.activation}, mode={mode}, "
+            f"implementation={self.implementation}{served}"
+        )
+
+
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
+    r"""Batch normalization of (N, C) or (N, C, L), fused with a residual and an activation.
+
+    .. math:: y = \mathrm{act}\Big(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \mathrm{residual}\Big)
+
+    Training: the mean and the variance (divided by m) of the mini-batch normalize it; running statistics move towards
+    the batch mean and the unbiased variance. Evaluation: the running statistics normalize. Frozen, that is
+    ``eval()`` and ``requires_grad_(False)``: as evaluation, with a gradient for the input alone.
+
+    Args:
+        num_features: C.
+        eps: added to the variance; positive.
+        momentum: weight of the *new* batch in the running statistics; None for the cumulative average.
+        affine: learn gamma (``weight``) and beta (``bias``).
+        track_running_stats: keep running statistics. Without them, evaluation normalizes by the batch too.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: learn beta; only with ``affine``.
+        activation: what follows the normalization: None, "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "mish",
+            "sigmoid", "tanh" or "hardswish", with torch's default parameters.
+        implementation: "auto", "aten" or "reference". A named one never falls back to another.
+
+    Shape:
+        input and residual (N, C) or (N, C, L); output the same.
+
+    Raises:
+        ValueError: another number of dimensions; one value per channel when training; ``eps`` not positive.
+        RuntimeError: C, dtype or device differ from the layer's.
+
+    Same as torch.nn: constructor, parameters, buffers and state_dict (both ways), errors, ``isinstance`` tests.
+
+    Differs from torch.nn in:
+
+    - a forward that fails, and an empty batch, leave ``num_batches_tracked`` as it was;
+    - ``momentum=None`` compiles without a graph break;
+    - ``momentum=0.0`` keeps the running statistics even if the batch holds inf or NaN;
+    - running statistics in half precision are updated in float32 before they are rounded;
+    - ``torch.jit.script`` is not supported (``torch.jit.trace``, ``torch.export`` and ``torch.compile`` are);
+    - ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``torch.nn.utils.fusion`` know nothing of ``activation``.
+
+    Source:
+        Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for the convolutional form.
+
+    Example:
+        >>> import torch
+        >>> layer = BatchNorm1d(2, activation="relu")
+        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        tensor([[0.0000, 0.0000],
+                [1.0000, 1.0000]], grad_fn=<BatchNormTrainBackward>)
+        >>> layer.running_mean, layer.running_var
+        (tensor([0.2000, 2.0000]), tensor([ 1.1000, 20.9000]))
+    """
+
+
+class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W): one gamma and one beta per feature map. See :class:`BatchNorm1d`.
+
+    Statistics run over batch and positions, m = N x H x W values per channel (section 3.2 of the paper).
+
+    Example:
+        >>> import torch
+        >>> block = BatchNorm2d(8, activation="relu")
+        >>> x, shortcut = torch.randn(4, 8, 5, 5), torch.randn(4, 8, 5, 5)
+        >>> block(x, residual=shortcut).shape
+        torch.Size([4, 8, 5, 5])
+    """
+
+
+class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W). See :class:`BatchNorm1d`.
+
+    Example:
+        >>> import torch
+        >>> BatchNorm3d(2)(torch.randn(3, 2, 4, 4, 4)).shape
+        torch.Size([3, 2, 4, 4, 4])
+    """
+
+
+def explain(layer: torch.nn.Module, input: Tensor) -> Choice:
+    """Say which implementation would serve ``layer(input)`` here and now, and why, without running it.
+
+    Args:
+        layer: a layer of ``batchnorm.nn``, in the mode that is asked about.
+        input: an input it accepts.
+
+    Returns:
+        ``(implementation, reason)``.
+
+    Raises:
+        TypeError: the layer is not one of ``batchnorm.nn``.
+        ValueError: the input has the wrong number of dimensions for the layer.
+
+    Example:
+        >>> import torch
+        >>> explain(BatchNorm1d(2), torch.randn(3, 2))
+        Choice(implementation='aten', reason="torch's own kernel serves every device")
+    """
+    if not isinstance(layer, FusedBatchNorm):
+        raise TypeError(f"expected a layer of batchnorm.nn, got {type(layer).__module__}.{type(layer).__qualname__}")
+    layer._check_input_dim(input)
+    return choose(layer.implementation, training=layer.normalizes_by_batch)
