@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -111,6 +112,8 @@ def batch_norm(
             activation=activation,
             implementation=implementation,
         )
+    if not isinstance(momentum, (int, float, Tensor)):
+        raise TypeError(f"momentum must be float, not {type(momentum).__name__}")
     if not training:
         return batch_norm_inference(
             input,
@@ -125,11 +128,37 @@ def batch_norm(
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum must be float, not {type(momentum).__name__}")
-    check_per_channel(input, running_mean=running_mean, running_var=running_var)
-    statistics = batch_norm_train(
-        input, weight, bias, eps=eps, residual=residual, activation=activation, implementation=implementation
+    return train_and_track(
+        input, weight, bias, running_mean, running_var, momentum, residual, activation, eps, implementation
+    )
+
+
+def train_and_track(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+    implementation: str,
+) -> Tensor:
+    """Normalize a mini-batch and move the running statistics, where there are any."""
+    choice = choose(implementation, training=True)
+    if choice.implementation == "aten" and not isinstance(momentum, Tensor) and not seen_through():
+        check_input(input, residual, activation)
+        if input.dtype not in HALF or of_one_dtype(weight, bias, running_mean, running_var):
+            # torch updates in the same call, 60 us sooner in a network than operations of ours can. It also checks,
+            # but a wrong bias only after the update
+            check_per_channel(input, weight=weight, bias=bias)
+            if momentum == 0:
+                running_mean = running_var = None
+            z = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+            return activate(z, residual, activation)
+    statistics = normalize_batch(
+        input, weight, bias, running_mean, running_var, residual, activation, eps, choice.implementation
     )
     if running_mean is not None and running_var is not None:
         update_running_statistics(running_mean, running_var, statistics, momentum)
@@ -161,13 +190,31 @@ def batch_norm_train(
         TrainOutput(output=tensor([[-1.],
                 [ 1.]]), mean=tensor([2.]), var=tensor([1.]), count=2)
     """
+    return normalize_batch(input, weight, bias, None, None, residual, activation, eps, implementation)
+
+
+def normalize_batch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+    implementation: str,
+) -> TrainOutput:
+    """:func:`batch_norm_train` for callers that update running statistics next: these are checked, not changed."""
     check_input(input, residual, activation)
     count = values_per_channel(input)
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if eps <= 0.0:
+    if not eps > 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    check_per_channel(input, weight=weight, bias=bias)
+    # an empty vector, which torch accepts
+    if count == 0 and input.dim() < 2:
+        return TrainOutput(input.clone(), input.new_zeros(0), input.new_zeros(0), 0)
+    check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     choice = choose(implementation, training=True)
     if choice.implementation != "reference":
         output, mean, var = train(input, weight, bias, residual, eps, activation, choice.implementation)
@@ -175,6 +222,7 @@ def batch_norm_train(
     output, mean, var, _ = reference.batch_norm_train(
         input, weight, bias, residual=residual, activation=activation, eps=eps
     )
+    check_not_vmapped(mean, running_mean)
     return TrainOutput(output, mean.detach(), var.detach(), count)
 
 
@@ -205,11 +253,16 @@ def batch_norm_inference(
         raise RuntimeError(f"running_{'mean' if mean is None else 'var'} must be defined in evaluation mode")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
     if choose(implementation, training=False).implementation == "reference":
+        check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
         return reference.batch_norm_inference(
             input, mean, var, weight, bias, residual=residual, activation=activation, eps=eps
         )
+    if input.dtype in HALF and not of_one_dtype(mean, var, weight, bias):
+        check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
+        mean, var = mean.float(), var.float()
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    # it checks sizes, dtypes and devices itself
     z = torch.batch_norm(input, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
     return activate(z, residual, activation)
 
@@ -247,10 +300,12 @@ def update_running_statistics(
 
 
 def check_input(input: Tensor, residual: Tensor | None, activation: str | None) -> None:
-    if input.dim() < 2:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be Tensor, not {type(input).__name__}")
+    if input.dim() < 2 and input.numel() > 0:
         raise RuntimeError(f"expected input of size (N, C, *), got input size {tuple(input.shape)}")
     if not input.is_floating_point():
-        raise NotImplementedError(f'"batch_norm" not implemented for \'{input.dtype}\'')
+        raise NotImplementedError(f"\"batch_norm\" not implemented for '{input.dtype}'")
     if activation is not None:
         check_activation(activation)
     if residual is not None and (
@@ -263,12 +318,17 @@ def check_input(input: Tensor, residual: Tensor | None, activation: str | None) 
 
 
 def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
-    num_features, dtype, device = input.shape[1], input.dtype, input.device
+    num_features, dtype, device = 0 if input.dim() < 2 else input.shape[1], input.dtype, input.device
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be Tensor, not {type(tensor).__name__}")
         if tensor.dim() != 1 or tensor.shape[0] != num_features:
-            raise RuntimeError(f"{name} should contain {num_features} elements not {tensor.numel()}")
+            raise RuntimeError(
+                f"{name} should contain {num_features} elements not {tensor.numel()}: "
+                f"expected shape ({num_features},), got {tuple(tensor.shape)}"
+            )
         if tensor.dtype != dtype and not (dtype in HALF and tensor.dtype == torch.float32):
             raise RuntimeError(f"mixed dtype: {name} is {tensor.dtype}, but the input is {dtype}")
         if tensor.device != device:
@@ -276,6 +336,23 @@ def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
                 f"Expected all tensors to be on the same device, but {name} is on {tensor.device} "
                 f"and the input on {device}"
             )
+
+
+def of_one_dtype(*tensors: Tensor | None) -> bool:
+    """Whether torch's kernels take these per-channel tensors as they are."""
+    return len({tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)}) < 2
+
+
+def check_not_vmapped(mean: Tensor, running_mean: Tensor | None) -> None:
+    if running_mean is None or torch.compiler.is_compiling():
+        return
+    is_batched = torch._C._functorch.is_batchedtensor
+    if is_batched(mean) and not is_batched(running_mean):
+        raise RuntimeError(
+            f"running statistics of shape {tuple(running_mean.shape)} cannot be updated inside vmap, where every "
+            "sample has a mean and a variance of its own: use eval(), track_running_stats=False or "
+            "torch.func.replace_all_batch_norm_modules_"
+        )
 
 
 def check_activation(activation: str) -> str:

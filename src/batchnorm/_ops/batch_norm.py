@@ -197,9 +197,7 @@ def double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None
     return grad_grad_output, *result, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "batchnorm::batch_norm_train", backward_of_train, setup_context=setup_train, lib=lib
-)
+torch.library.register_autograd("batchnorm::batch_norm_train", backward_of_train, setup_context=setup_train, lib=lib)
 torch.library.register_autograd(
     "batchnorm::batch_norm_train_backward", double_backward, setup_context=setup_train_backward, lib=lib
 )
@@ -226,6 +224,8 @@ def train(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, batch mean and batch variance, by the way that suits the caller."""
+    if implementation == "aten" and activation is None and residual is None and input.numel() and not seen_through():
+        return aten.train_plain(input, weight, bias, eps)
     layout = dense_format(input)
     if layout is None:
         layout = torch.contiguous_format

@@ -5,17 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm._ops.dtypes import statistics_dtype
 from batchnorm.functional import (
     Choice,
     batch_norm_inference,
-    batch_norm_train,
     check_activation,
     check_implementation,
-    check_per_channel,
     choose,
-    update_running_statistics,
+    train_and_track,
 )
-from batchnorm.reference import TrainOutput
 
 
 class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -69,32 +67,30 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 implementation=choice.implementation,
             )
         tracks = self.training and self.track_running_stats and self.running_mean is not None
-        if tracks:
-            check_per_channel(input, running_mean=self.running_mean, running_var=self.running_var)
-        statistics = batch_norm_train(
+        momentum: float | Tensor | None = self.momentum
+        if momentum is None:
+            momentum = self.cumulative_momentum() if tracks else 0.0
+        output = train_and_track(
             input,
             self.weight,
             self.bias,
-            residual=residual,
-            activation=self.activation,
-            eps=self.eps,
-            implementation=choice.implementation,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            momentum,
+            residual,
+            self.activation,
+            self.eps,
+            choice.implementation,
         )
-        if tracks:
-            self.track(statistics)
-        return statistics.output
-
-    def track(self, statistics: TrainOutput) -> None:
-        """Count the batch and move the running statistics; an empty batch does neither."""
-        if statistics.count == 0:
-            return
-        momentum: float | Tensor | None = self.momentum
-        if self.num_batches_tracked is not None:
+        if tracks and self.num_batches_tracked is not None and input.numel():
             self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / self.num_batches_tracked.to(statistics.mean.dtype)
-        if momentum is not None and self.running_mean is not None and self.running_var is not None:
-            update_running_statistics(self.running_mean, self.running_var, statistics, momentum)
+        return output
+
+    def cumulative_momentum(self) -> Tensor | float:
+        """The weight that makes the running statistics the average over all batches, this one included."""
+        if self.num_batches_tracked is None or self.running_mean is None:
+            return 0.0
+        return 1.0 / (self.num_batches_tracked + 1).to(statistics_dtype(self.running_mean))
 
     def extra_repr(self) -> str:
         served = "" if self.last_choice is None else f" (last call: {self.last_choice.implementation})"
@@ -151,9 +147,9 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     Example:
         >>> import torch
         >>> layer = BatchNorm1d(2, activation="relu")
-        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach()
         tensor([[0.0000, 0.0000],
-                [1.0000, 1.0000]], grad_fn=<BatchNormTrainBackward>)
+                [1.0000, 1.0000]])
         >>> layer.running_mean, layer.running_var
         (tensor([0.2000, 2.0000]), tensor([ 1.1000, 20.9000]))
     """
