@@ -346,7 +346,7 @@ def of_one_dtype(*tensors: Tensor | None) -> bool:
 def check_not_vmapped(mean: Tensor, running_mean: Tensor | None) -> None:
     if running_mean is None or torch.compiler.is_compiling():
         return
-    is_batched = torch._C._functorch.is_batchedtensor
+    is_batched = torch._C._functorch.is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
     if is_batched(mean) and not is_batched(running_mean):
         raise RuntimeError(
             f"running statistics of shape {tuple(running_mean.shape)} cannot be updated inside vmap, where every "

@@ -181,7 +181,7 @@ def double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None
         ).output
 
     def gradient(grad_output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        _, pullback = torch.func.vjp(forward, *values)
+        _, pullback = torch.func.vjp(forward, *values)  # pyright: ignore[reportAssignmentType]
         return pullback(grad_output)
 
     present = [tensors[i] for i in given]
@@ -189,7 +189,7 @@ def double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None
         torch.zeros_like(tensors[i]) if cotangents[i] is None else cotangents[i].to(tensors[i].dtype)  # pyright: ignore[reportOptionalMemberAccess]
         for i in given
     ]
-    _, pullback = torch.func.vjp(gradient, grad_output, *present)
+    _, pullback = torch.func.vjp(gradient, grad_output, *present)  # pyright: ignore[reportAssignmentType]
     grad_grad_output, *grads = pullback(tuple(filled))
     result: list[Tensor | None] = [None] * len(tensors)
     for i, grad in zip(given, grads, strict=True):
@@ -249,4 +249,4 @@ def in_transform() -> bool:
 
 def seen_through() -> bool:
     """Whether something records or transforms the operations of this call instead of just running them."""
-    return torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

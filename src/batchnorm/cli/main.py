@@ -1,0 +1,73 @@
+"""The ``batchnorm`` command: which commands there are, and how each kind of failure ends."""
+
+import importlib
+import sys
+import traceback
+
+import click
+
+from batchnorm import __version__
+from batchnorm.errors import BatchNormError
+
+# name: module and attribute, short help. The module is imported only when the command runs, so --help needs no torch.
+COMMANDS = {
+    "env": ("batchnorm.cli.env", "env", "Show the machine, the versions and the kernels that results depend on."),
+    "report": ("batchnorm.cli.report", "report", "Rebuild the figures and the page of a run from its data."),
+    "reproduce": (
+        "batchnorm.cli.reproduce",
+        "reproduce",
+        "Run an experiment of the paper and give a verdict per claim.",
+    ),
+}
+
+ERROR = 2
+INTERRUPTED = 130
+
+
+class LazyCommands(click.Group):
+    """A group that knows its commands by name and imports one when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
+
+
+@click.command(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="batchnorm")
+def batchnorm() -> None:
+    """Batch normalization for PyTorch: the paper's experiments, and what results depend on.
+
+    Exit status: 0 all claims reproduced, 1 some not, 2 an error, 130 interrupted.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit. An error is one line on standard error."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    try:
+        return batchnorm.main(arguments, prog_name="batchnorm", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return ERROR
+    except BatchNormError as error:
+        click.echo(f"batchnorm: {error}", err=True)
+        return ERROR
+    except Exception:
+        traceback.print_exc()
+        click.echo("batchnorm: this is a fault of batchnorm; please report it with the lines above", err=True)
+        return ERROR

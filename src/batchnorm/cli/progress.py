@@ -1,0 +1,71 @@
+"""Live progress with the time left on a terminal; a plain line now and then elsewhere. On standard error."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+import click
+
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Progress of jobs that are known once they report, all of the same number of steps.
+
+    Args:
+        steps: of each job.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.done: dict[str, int] = {}
+        self.first: dict[str, tuple[int, float]] = {}
+        self.printed = time.monotonic()
+        self.bars = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+            )
+            self.bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self.bars.start()
+            self.tasks = {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+    def update(self, job: str, step: int) -> None:
+        """A job has finished so many steps."""
+        now = time.monotonic()
+        self.first.setdefault(job, (step, now))
+        self.done[job] = step
+        if self.bars is not None:
+            if job not in self.tasks:
+                self.tasks[job] = self.bars.add_task(job, total=self.steps, completed=step, rate="")
+            self.bars.update(self.tasks[job], completed=step, rate=f"{self.rate(job, now):,.0f} steps/s")
+        elif now - self.printed >= LINE_SECONDS:
+            self.printed = now
+            running = [name for name, done in self.done.items() if done < self.steps]
+            click.echo("; ".join(self.line(name, now) for name in running or [job]), err=True)
+
+    def line(self, job: str, now: float) -> str:
+        rate = self.rate(job, now)
+        left = f", {rate:,.0f} steps/s, {(self.steps - self.done[job]) / rate:.0f} s left" if rate else ""
+        return f"{job} {self.done[job]:,}/{self.steps:,}{left}"
+
+    def rate(self, job: str, now: float) -> float:
+        step, since = self.first[job]
+        return (self.done[job] - step) / (now - since) if now > since else 0.0

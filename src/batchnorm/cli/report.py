@@ -1,0 +1,18 @@
+"""``batchnorm report``."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from batchnorm.report import load_run, verdict_table, write_report
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Rebuild the figures and the page of the run in FOLDER from its data, and show its verdicts."""
+    paths = write_report(folder)
+    Console().print(verdict_table(load_run(folder).claims))
+    for path in paths:
+        click.echo(f"wrote {path}", err=True)

@@ -1,0 +1,124 @@
+"""``batchnorm reproduce``."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+
+from batchnorm.cli.progress import Progress
+from batchnorm.experiments.data.mnist import INPUTS
+from batchnorm.experiments.mnist import Options, reproduce_mnist
+from batchnorm.experiments.mnist_sweep import sweep_mnist
+from batchnorm.experiments.run_folder import CONFIG, default_folder, latest_folder, read_record
+from batchnorm.report import verdict_table, write_report
+
+QUICK_STEPS = 1000
+QUICK_SEEDS = 2
+# Options of the command that are fields of the configuration, so that --resume can take them from the run
+CONFIGURED = ("steps", "input", "learning_rate", "init_std", "device")
+
+
+@click.group()
+def reproduce() -> None:
+    """Run an experiment of the paper and give a verdict per claim.
+
+    Exit status: 0 all claims reproduced, 1 some not, 2 an error, 130 interrupted.
+    """
+
+
+@reproduce.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/mnist-TIME]")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Networks per arm, in pairs.")
+@click.option("--sweep", is_flag=True, help="Both arms at every learning rate (.01 .1 .5 1 2) and scale (.05 .1 1).")
+@click.option(
+    "--quick", is_flag=True, help=f"{QUICK_STEPS:,} steps and {QUICK_SEEDS} seeds: a trial, not the paper's run."
+)
+@click.option("--resume", is_flag=True, help="Continue a stopped run, bit for bit: that of --out, or the latest.")
+@click.option("--force", is_flag=True, help="Delete an earlier run in --out first.")
+@click.option("--data", type=click.Path(path_type=Path), help="Your own MNIST files.  [default: the bundled ones]")
+@click.option(
+    "--input", type=click.Choice(INPUTS), default="binary", show_default=True, help="Pixels as in the paper, or gray."
+)
+@click.option("--steps", type=click.IntRange(1), default=50_000, show_default=True)
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), default=Options.learning_rate, show_default=True
+)
+@click.option(
+    "--init-std", type=click.FloatRange(0), default=Options.init_std, show_default=True, help="Of the weights."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to train: cpu, cuda, ...")
+@click.option("--threads", type=click.IntRange(1), help="Processes of one thread each.  [default: one per core]")
+@click.pass_context
+def mnist(
+    ctx: click.Context,
+    out: Path | None,
+    seeds: int,
+    sweep: bool,
+    quick: bool,
+    resume: bool,
+    force: bool,
+    data: Path | None,
+    threads: int | None,
+    **_: Any,
+) -> int:
+    """Figure 1: accuracy over steps with and without BN, and how a sigmoid's input moves.
+
+    Section 4.1 of the paper: three hidden layers of 100 sigmoid units, 50,000 steps of 60 examples.
+    """
+    if resume and force:
+        raise click.UsageError("--resume continues a run and --force deletes it: give one of them")
+    folder = out or (latest_folder("mnist") if resume else default_folder("mnist"))
+    recorded = read_record(folder / CONFIG)["options"] if resume and (folder / CONFIG).exists() else {}
+    options = choose_options(ctx, recorded, seeds, quick)
+    run = sweep_mnist if sweep or recorded.get("sweep") else reproduce_mnist
+    if importlib.util.find_spec("matplotlib") is None:
+        click.echo("matplotlib is not installed, so there will be no figures: pip install 'batchnorm[plots]'", err=True)
+    workers = threads or len(os.sched_getaffinity(0))
+    try:
+        with Progress(options.steps) as progress:
+            record = run(
+                options,
+                folder,
+                data_folder=data,
+                workers=workers,
+                resume=resume,
+                force=force,
+                on_progress=progress.update,
+            )
+    except KeyboardInterrupt:
+        click.echo(f"stopped; nothing is lost: batchnorm reproduce mnist --resume --out {folder}", err=True)
+        raise
+    return show(record, folder)
+
+
+def choose_options(ctx: click.Context, recorded: dict[str, Any], seeds: int, quick: bool) -> Options:
+    """The settings: what was given, then what the run to resume was made with, then the defaults."""
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+    values = {name: ctx.params[name] for name in CONFIGURED}
+    values["seeds"] = tuple(range(seeds))
+    if quick:
+        values.update(steps=QUICK_STEPS if not given("steps") else values["steps"])
+        values.update(seeds=tuple(range(QUICK_SEEDS)) if not given("seeds") else values["seeds"])
+    for name in values:
+        kept = recorded.get(name)
+        if not given(name) and kept is not None and not (quick and name in ("steps", "seeds")):
+            is_grid = isinstance(kept, Sequence) and name in ("learning_rate", "init_std")
+            values[name] = values[name] if is_grid else tuple(kept) if name == "seeds" else kept
+    return Options(**values)
+
+
+def show(record: dict[str, Any], folder: Path) -> int:
+    """Figures, page and verdicts; the exit status."""
+    paths = write_report(folder) if importlib.util.find_spec("matplotlib") else []
+    Console().print(verdict_table(record["claims"]))
+    page = next((path for path in paths if path.suffix == ".html"), folder)
+    click.echo(f"the evidence is in {page}", err=True)
+    return 0 if record["verdict"] == "reproduced" else 1

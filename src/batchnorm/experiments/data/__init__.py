@@ -1,0 +1,1 @@
+"""Readers of data sets, and the bundled MNIST database (LeCun, Cortes, Burges)."""

@@ -1,0 +1,96 @@
+"""Jobs spread over the cores as processes of one thread each."""
+
+import gc
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from batchnorm.errors import RunError
+
+POLL_SECONDS = 0.2
+
+# glibc gives large tensors back to the kernel at every free, and page faults cost 7 % of a step of the MNIST stack;
+# with these it keeps them.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+
+_progress: Any = None
+_stop: Any = None
+_parent = 0
+
+
+def run_jobs(
+    run: Callable[..., Any],
+    jobs: Sequence[tuple[str, tuple[Any, ...]]],
+    *,
+    workers: int,
+    on_progress: Callable[[str, int], None],
+) -> dict[str, Any]:
+    """Run ``run(*arguments)`` for every named job, ``workers`` at a time, and return the results by name.
+
+    Inside a job, :func:`report_progress` and :func:`should_stop` talk to this process.
+
+    Raises:
+        RunError: a worker died, killed or out of memory.
+        KeyboardInterrupt: after every job has been asked to stop and has stopped.
+
+        Whatever a job raises is raised here, after the others have been stopped.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in MALLOC.items()})
+    context = multiprocessing.get_context("spawn")
+    queue, stop = context.SimpleQueue(), context.Event()
+    with ProcessPoolExecutor(
+        max(1, min(workers, len(jobs))),
+        mp_context=context,
+        initializer=begin_worker,
+        initargs=(queue, stop, os.getpid()),
+    ) as pool:
+        futures = {name: pool.submit(run, *arguments) for name, arguments in jobs}
+        try:
+            pending: set[Future[Any]] = set(futures.values())
+            while pending:
+                done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+                while not queue.empty():
+                    on_progress(*queue.get())
+                for future in done:
+                    future.result()
+            return {name: future.result() for name, future in futures.items()}
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a worker process ended unexpectedly (killed, or out of memory); continue with --resume"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def begin_worker(queue: Any, stop: Any, parent: int) -> None:
+    """Prepare a worker: one thread, Ctrl-C left to the parent, and nothing for the collector to walk over."""
+    global _progress, _stop, _parent
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    _progress, _stop, _parent = queue, stop, parent
+    gc.collect()
+    gc.freeze()
+
+
+def report_progress(name: str, step: int) -> None:
+    """Tell the parent how far a job is. A worker whose parent is gone ends."""
+    if os.getppid() != _parent:
+        os._exit(1)
+    _progress.put((name, step))
+
+
+def should_stop() -> bool:
+    """Whether the parent wants the job to save and end."""
+    return _stop.is_set()

@@ -1,0 +1,135 @@
+"""Algorithm 2: replace running averages by population statistics, measured with frozen weights."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.reference import batch_mean, batch_var, values_per_channel, var_unbiased
+
+BatchNorm = torch.nn.modules.batchnorm._BatchNorm
+ESTIMATORS = ("pooled", "paper")
+
+
+class Recalibration(NamedTuple):
+    """What :func:`recalibrate` did: values per channel by layer name, and the layers that no batch reached."""
+
+    counts: dict[str, int]
+    not_reached: list[str]
+
+
+class Moments:
+    """Running merge of the moments of one layer's batches, in float64 (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.count = 0
+        self.mean = self.squares = self.sum_of_means = self.sum_of_vars = torch.zeros((), dtype=torch.float64)
+
+    def add(self, input: Tensor) -> None:
+        count = values_per_channel(input)
+        if count == 0:
+            return
+        wide = input.detach().double()
+        mean = batch_mean(wide)
+        var = batch_var(wide, mean)
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.squares = self.squares + var * count + delta.square() * (self.count * count / total)
+        self.sum_of_means = self.sum_of_means + mean
+        self.sum_of_vars = self.sum_of_vars + (var_unbiased(var, count) if count > 1 else var)
+        self.count = total
+        self.batches += 1
+
+    def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
+        if estimator == "paper":
+            return self.sum_of_means / self.batches, self.sum_of_vars / self.batches
+        return self.mean, self.squares / max(self.count - 1, 1)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, loader: Iterable[Any], *, estimator: str = "pooled") -> Recalibration:
+    r"""Measure population statistics on data and store them as the running statistics of every BN layer.
+
+    The weights stay as they are. While measuring, BN layers normalize by their batches (as in training) and every
+    other layer evaluates, so dropout is off. Buffers are written at the end, all together, in place.
+
+    Args:
+        model: holds BN layers of ``torch.nn`` or ``batchnorm.nn`` that track running statistics.
+        loader: yields inputs, or tuples whose first element is the input.
+        estimator: "pooled" takes all values as one population (law of total variance; unequal batches count by
+            their size). "paper" is Algorithm 2's: :math:`E[x] = E_B[\mu_B]`,
+            :math:`Var[x] = \frac{m}{m-1} E_B[\sigma_B^2]`, every batch counting alike.
+
+    Returns:
+        :class:`Recalibration`.
+
+    Raises:
+        ValueError: an unknown estimator, no BN layer with running statistics, or an empty loader.
+
+        Whatever is raised, by the loader or the model too, statistics, modes and hooks are as before.
+
+    Source:
+        Ioffe & Szegedy 2015, Algorithm 2 lines 8 to 10; Wu & Johnson 2021 (arXiv:2105.07576) for the pooled form.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(1)
+        >>> recalibrate(layer, [torch.tensor([[0.0], [2.0]]), torch.tensor([[10.0], [12.0]])]).counts
+        {'': 4}
+        >>> layer.running_mean, layer.running_var
+        (tensor([6.]), tensor([34.6667]))
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and module.running_mean is not None
+    }
+    if not layers:
+        raise ValueError("the model has no batch normalization layer with running statistics")
+    with measuring(model, layers) as moments:
+        batches = 0
+        for item in loader:
+            model(item[0] if isinstance(item, (tuple, list)) else item)
+            batches += 1
+    if batches == 0:
+        raise ValueError("the loader yielded nothing, so the running statistics stay as they were")
+    for name, measured in moments.items():
+        if measured.count:
+            store(layers[name], *measured.estimate(estimator), measured.batches)
+    counts = {name: measured.count for name, measured in moments.items() if measured.count}
+    return Recalibration(counts, [name for name in layers if name not in counts])
+
+
+@contextmanager
+def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Moments]]:
+    """Evaluation mode, but with BN layers that normalize by their batches and whose inputs are measured."""
+    modes = [(module, module.training) for module in model.modules()]
+    tracks = [(layer, layer.track_running_stats) for layer in layers.values()]
+    moments = {name: Moments() for name in layers}
+    hooks = []
+    try:
+        model.eval()
+        for name, layer in layers.items():
+            layer.train()
+            layer.track_running_stats = False
+            hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0])))
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, track in tracks:
+            layer.track_running_stats = track
+        for module, training in modes:
+            module.training = training
+
+
+def store(layer: Any, mean: Tensor, var: Tensor, batches: int) -> None:
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(var)
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.fill_(batches)
