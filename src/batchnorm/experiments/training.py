@@ -31,8 +31,16 @@ class Task(Protocol):
     name: str
     steps: int
     evaluation_steps: set[int]
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; its whole state is kept."""
+        ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the model's parameters; its state is kept too."""
+        ...
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """The data of a step, counted from 0."""
