@@ -23,7 +23,7 @@ class Claim:
     """One claim with its evidence: plain data, as written to ``claims.json``.
 
     ``values`` holds one number per seed (null in the file where a network diverged); ``low`` and ``high`` bound the
-    95 % interval of their mean, None where one seed gives no interval. ``rule`` says which interval reproduces the claim.
+    95 % interval of their mean, None where one seed gives no interval. ``rule`` says which interval reproduces it.
     """
 
     name: str
