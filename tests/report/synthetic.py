@@ -154,7 +154,9 @@ def write_run(folder: Path, steps: list[int] | None = None, **changes: Any) -> P
     write(folder, "claims.json", claims | {"claims": changes.get("claims", CLAIMS)})
     write(folder, "timing.json", changes.get("timing", TIMING))
     steps = steps or STEPS
-    rows = [metrics_row(arm, seed, step, step == steps[-1]) for arm in ("plain", "bn") for step in steps for seed in SEEDS]
+    rows = [
+        metrics_row(arm, seed, step, step == steps[-1]) for arm in ("plain", "bn") for step in steps for seed in SEEDS
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -181,7 +183,14 @@ def write_sweep(folder: Path) -> Path:
                 values = [mean - 0.001, mean, mean + 0.001]
                 arms[arm] = {"mean": mean, "low": mean - 0.0025, "high": mean + 0.0025, "values": values}
                 rows += [
-                    {"arm": arm, "seed": i, "step": 50_000, "test_accuracy": value, "learning_rate": rate, "init_std": std}
+                    {
+                        "arm": arm,
+                        "seed": i,
+                        "step": 50_000,
+                        "test_accuracy": value,
+                        "learning_rate": rate,
+                        "init_std": std,
+                    }
                     for i, value in enumerate(values)
                 ]
             points.append({"learning_rate": rate, "init_std": std, "arms": arms})
@@ -192,6 +201,8 @@ def write_sweep(folder: Path) -> Path:
         best[arm] = {"learning_rate": point["learning_rate"], "init_std": point["init_std"], "mean": mean}
     write(folder, "sweep.json", {"schema_version": 1, "points": points, "best": best})
     claims = [claim("best-accuracy", statement="Each at its best setting, BN ends at a higher test accuracy")]
-    write(folder, "claims.json", {"schema_version": 1, "experiment": "mnist", "verdict": "reproduced", "claims": claims})
+    write(
+        folder, "claims.json", {"schema_version": 1, "experiment": "mnist", "verdict": "reproduced", "claims": claims}
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -13,6 +13,7 @@ SCHEMA_VERSION = 1
 RUN_AGAIN = "run it again with --resume"
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
+LARGEST_COUNT = 2**53
 OPTIONAL_TEXT = (str, type(None))
 
 
@@ -56,6 +57,30 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], path
     value = record[name]
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise broken(path, f"{where}'{name}' is {clean(value, 40)}", expected)
+    return value
+
+
+def finite(record: dict[str, Any], name: str, path: Path, where: str = "") -> float:
+    """A finite number."""
+    value = real(field(record, name, NUMBER, path, where))
+    if math.isnan(value):
+        raise broken(path, f"{where}'{name}' is {clean(record[name], 40)}", "a finite number")
+    return value
+
+
+def count(record: dict[str, Any], name: str, path: Path, where: str = "") -> int:
+    """A whole number from 0 that a float holds exactly."""
+    value = field(record, name, int, path, where)
+    if not 0 <= value < LARGEST_COUNT:
+        raise broken(path, f"{where}'{name}' is {clean(value, 40)}", "a whole number from 0")
+    return value
+
+
+def fraction(record: dict[str, Any], name: str, path: Path, where: str = "") -> float:
+    """A number from 0 to 1; NaN for null and for what is not finite."""
+    value = real(field(record, name, OPTIONAL_NUMBER, path, where))
+    if not (math.isnan(value) or 0 <= value <= 1):
+        raise broken(path, f"{where}'{name}' is {clean(value, 40)}", "a fraction from 0 to 1, or null")
     return value
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchnorm.report.fields import OPTIONAL_NUMBER, broken, field, one_of, read_bytes, real
+from batchnorm.report.fields import broken, count, fraction, one_of, read_bytes
 
 ARMS = {"plain": "without BN", "bn": "with BN"}
 
@@ -49,10 +49,12 @@ def read_evaluation(row: dict[str, Any], path: Path, line: int, unit: int | None
             raise broken(path, f"{where}no percentiles of unit {unit}", "three lists of a number per unit")
     return Evaluation(
         arm=one_of(row, "arm", tuple(ARMS), path, where),
-        seed=field(row, "seed", int, path, where),
-        step=field(row, "step", int, path, where),
-        test_accuracy=real(field(row, "test_accuracy", OPTIONAL_NUMBER, path, where)),
-        test_accuracy_population=real(row.get("test_accuracy_population")),
+        seed=count(row, "seed", path, where),
+        step=count(row, "step", path, where),
+        test_accuracy=fraction(row, "test_accuracy", path, where),
+        test_accuracy_population=fraction(
+            {"test_accuracy_population": None} | row, "test_accuracy_population", path, where
+        ),
         percentiles=percentiles,
     )
 

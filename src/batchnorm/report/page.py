@@ -113,6 +113,7 @@ def figure(drawing: Drawing, steps: bool) -> dict[str, Any]:
         panel = drawn.panel
         readings = [{"name": curve.name, "color": curve.color, "text": curve.text[-1]} for curve in panel.curves]
         shown = {"id": f"panel-{panel.name}", "svg": Markup(drawn.svg), "description": panel.description}
+        shown["inches"] = panel.width
         panels.append(shown | {"at": panel.labels[-1], "readings": readings})
     row = drawing.panels[: drawing.columns]
     return {

@@ -6,11 +6,13 @@ from typing import Any, TypedDict
 
 from batchnorm.errors import RunError
 from batchnorm.report.fields import (
-    NUMBER,
     OPTIONAL_NUMBER,
     OPTIONAL_TEXT,
     broken,
+    count,
     field,
+    finite,
+    fraction,
     items,
     one_of,
     optional_real,
@@ -110,13 +112,13 @@ def load_run(folder: str | Path) -> Run:
         folder=folder,
         experiment=field(config, "experiment", str, folder / "config.json"),
         options=field(config, "options", dict, folder / "config.json"),
-        notes=[clean(note, 2000) for note in config.get("notes") or []],
+        notes=[clean(note, 2000) for note in items(config, "notes", folder / "config.json")],
         environment=read_object(folder / "environment.json"),
         evaluations=read_evaluations(folder / "metrics.jsonl", unit, sweep is not None),
         verdict=one_of(claims, "verdict", VERDICTS, folder / "claims.json"),
         unit_drawn=unit,
         claims=[read_claim(claim, folder / "claims.json") for claim in items(claims, "claims", folder / "claims.json")],
-        training_seconds=real(field(timing, "training_seconds", NUMBER, folder / "timing.json")),
+        training_seconds=finite(timing, "training_seconds", folder / "timing.json"),
         timing=read_timing(timing, folder / "timing.json"),
         points=read_points(sweep, folder / "sweep.json") if sweep else [],
         best=read_best(sweep, folder / "sweep.json") if sweep else {},
@@ -155,11 +157,11 @@ def read_timing(record: dict[str, Any], path: Path) -> list[ArmTiming]:
         timing.append(
             ArmTiming(
                 arm=arm,
-                networks=field(entry, "networks", int, path, where),
-                steps_per_second=real(field(entry, "steps_per_second", NUMBER, path, where)),
-                step_microseconds={phase: real(field(phases, phase, NUMBER, path, where)) for phase in PHASES},
-                evaluation_seconds=real(field(entry, "evaluation_seconds", NUMBER, path, where)),
-                checkpoint_seconds=real(field(entry, "checkpoint_seconds", NUMBER, path, where)),
+                networks=count(entry, "networks", path, where),
+                steps_per_second=finite(entry, "steps_per_second", path, where),
+                step_microseconds={phase: finite(phases, phase, path, where) for phase in PHASES},
+                evaluation_seconds=finite(entry, "evaluation_seconds", path, where),
+                checkpoint_seconds=finite(entry, "checkpoint_seconds", path, where),
             )
         )
     return timing
@@ -173,14 +175,14 @@ def read_points(record: dict[str, Any], path: Path) -> list[Point]:
             raise broken(path, f"{where}not an object", "objects in 'points'")
         arms = field(entry, "arms", dict, path, where)
         found = {arm: field(arms, arm, dict, path, where) for arm in ARMS if arm in arms}
-        rate = real(field(entry, "learning_rate", NUMBER, path, where))
-        if not rate > 0:
+        rate = finite(entry, "learning_rate", path, where)
+        if rate <= 0:
             raise broken(path, f"{where}learning_rate is {rate}", "a number above 0")
         accuracies = {
-            arm: {key: real(field(value, key, OPTIONAL_NUMBER, path, where)) for key in ("mean", "low", "high")}
+            arm: {key: fraction(value, key, path, where) for key in ("mean", "low", "high")}
             for arm, value in found.items()
         }
-        points.append(Point(rate, real(field(entry, "init_std", NUMBER, path, where)), accuracies))
+        points.append(Point(rate, finite(entry, "init_std", path, where), accuracies))
     if not points:
         raise broken(path, "no points", "at least one")
     return points
@@ -191,8 +193,8 @@ def read_best(record: dict[str, Any], path: Path) -> dict[str, tuple[float, floa
     found = {arm: field(best, arm, dict, path, "best: ") for arm in ARMS if arm in best}
     return {
         arm: (
-            real(field(point, "learning_rate", NUMBER, path, f"best {arm}: ")),
-            real(field(point, "init_std", NUMBER, path, f"best {arm}: ")),
+            finite(point, "learning_rate", path, f"best {arm}: "),
+            finite(point, "init_std", path, f"best {arm}: "),
         )
         for arm, point in found.items()
     }

@@ -150,7 +150,7 @@ def heat_table(run: Run) -> HeatTable:
             return None
         mean, low, high = result["mean"], result["low"], result["high"]
         heat = (highest - log_error(mean)) / (highest - lowest) if math.isfinite(mean) and highest > lowest else 0.0
-        interval = f"{percent(low)} to {percent(high)}" if math.isfinite(low + high) else ""
+        interval = f"{100 * low:.2f} to {100 * high:.2f}" if math.isfinite(low + high) else ""
         return Cell(percent(mean), interval, round(heat, 2), run.best.get(arm) == (rate, std))
 
     rows = [

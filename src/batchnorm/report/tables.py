@@ -78,14 +78,16 @@ def step_costs(run: Run) -> dict[str, Any] | None:
 
 
 def arm_costs(timing: ArmTiming, longest: float) -> dict[str, Any]:
+    total = sum(timing.step_microseconds.values())
+    decimals = 0 if total >= 100 else 1
     parts = [
-        {"text": microseconds(value), "width": f"{100 * value / longest:.2f}"}
+        {"text": number(value, decimals), "width": f"{100 * value / longest:.2f}"}
         for value in timing.step_microseconds.values()
     ]
     return {
         "name": ARMS[timing.arm],
         "parts": parts,
-        "total": microseconds(sum(timing.step_microseconds.values())),
+        "total": number(total, decimals),
         "rate": number(timing.steps_per_second),
         "networks": number(timing.networks),
         "evaluation": number(timing.evaluation_seconds, 1),
@@ -104,7 +106,3 @@ def cost_sentence(timing: Iterable[ArmTiming], totals: dict[str, float]) -> str:
     if totals.get("plain", 0) > 0 and "bn" in totals:
         return f"A step with BN takes {totals['bn'] / totals['plain']:.2f} times as long as one without.{stack}"
     return f"Time of one step by phase.{stack}"
-
-
-def microseconds(value: float) -> str:
-    return number(value, 0 if value >= 100 else 1)

@@ -40,12 +40,19 @@ def clean(value: object, limit: int = NAME_LIMIT) -> str:
         >>> clean([100, 100, 100])
         '[100, 100, 100]'
     """
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else as_json(value)
     kept = " ".join(text[: 4 * limit].split())[:limit]
     shown = "".join(
         escape(character) if unicodedata.category(character) in UNPRINTABLE else character for character in kept
     )
     return shown if len(text) <= limit else f"{shown}\N{HORIZONTAL ELLIPSIS} ({len(text):,} characters)"
+
+
+def as_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):
+        return "(nested too deeply to show)"
 
 
 def escape(character: str) -> str:
