@@ -149,7 +149,7 @@ def train_and_track(
     choice = choose(implementation, training=True)
     if choice.implementation == "aten" and not isinstance(momentum, Tensor) and not seen_through():
         check_input(input, residual, activation)
-        if input.dtype not in HALF or of_one_dtype(weight, bias, running_mean, running_var):
+        if input.dtype not in HALF or suits_torch(weight, bias, running_mean, running_var):
             # torch updates in the same call, 60 us sooner in a network than operations of ours can. It also checks,
             # but a wrong bias only after the update
             check_per_channel(input, weight=weight, bias=bias)
@@ -341,6 +341,11 @@ def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
 def of_one_dtype(*tensors: Tensor | None) -> bool:
     """Whether torch's kernels take these per-channel tensors as they are."""
     return len({tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)}) < 2
+
+
+def suits_torch(weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether torch's training call does what ours promises: it takes one dtype and updates bfloat16 in bfloat16."""
+    return of_one_dtype(weight, bias, mean, var) and (mean is None or mean.dtype not in HALF)
 
 
 def check_not_vmapped(mean: Tensor, running_mean: Tensor | None) -> None:

@@ -58,7 +58,7 @@ class TrainOutput(NamedTuple):
     output: Tensor
     mean: Tensor
     var: Tensor
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Gradients(NamedTuple):
