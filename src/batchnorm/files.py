@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".tmp"
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that after a crash at any instant it has either its old or its new contents.
@@ -15,7 +17,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Temporary file in the same folder, fsync, replace, fsync of the folder; the mode is that of an ordinary new file.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written. The old file is then untouched.
+        OSError: the disk is full or the folder cannot be written; it names the file. The old file is then untouched.
 
     Example:
         >>> import tempfile
@@ -24,7 +26,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         >>> path.read_bytes()
         b'{}'
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -32,9 +34,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 
@@ -51,6 +55,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list) else value
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what :func:`write_atomic` leaves when the process is killed: in a folder that nobody else writes to."""
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -62,12 +62,25 @@ def run(arguments: list[str] | None = None) -> int:
     except click.exceptions.Abort:
         return INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        show(error)
         return ERROR
-    except BatchNormError as error:
+    except (BatchNormError, OSError) as error:
         click.echo(f"batchnorm: {error}", err=True)
+        return ERROR
+    except SystemExit:
+        # click and rich end with status 1 when the reader of standard output has gone
         return ERROR
     except Exception:
         traceback.print_exc()
         click.echo("batchnorm: this is a fault of batchnorm; please report it with the lines above", err=True)
         return ERROR
+
+
+def show(error: click.ClickException) -> None:
+    """One line: the command, what was wrong, where to look. A group called without a command shows its help."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    message = error.format_message()
+    if "\n" in message or context is None:
+        error.show()
+    else:
+        click.echo(f"{context.command_path}: {message} See {context.command_path} --help.", err=True)

@@ -1,7 +1,7 @@
 """``batchnorm reproduce``."""
 
 import importlib.util
-import os
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from batchnorm.cli.progress import Progress
+from batchnorm.environment import usable_cpus
 from batchnorm.experiments.data.mnist import INPUTS
 from batchnorm.experiments.mnist import Options, reproduce_mnist
 from batchnorm.experiments.mnist_sweep import sweep_mnist
@@ -21,6 +22,16 @@ QUICK_STEPS = 1000
 QUICK_SEEDS = 2
 # Options of the command that are fields of the configuration, so that --resume can take them from the run
 CONFIGURED = ("steps", "input", "learning_rate", "init_std", "device")
+
+
+class FiniteRange(click.FloatRange):
+    """A range without infinity, and without NaN, which compares as if it were in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 @click.group()
@@ -45,12 +56,8 @@ def reproduce() -> None:
     "--input", type=click.Choice(INPUTS), default="binary", show_default=True, help="Pixels as in the paper, or gray."
 )
 @click.option("--steps", type=click.IntRange(1), default=50_000, show_default=True)
-@click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), default=Options.learning_rate, show_default=True
-)
-@click.option(
-    "--init-std", type=click.FloatRange(0), default=Options.init_std, show_default=True, help="Of the weights."
-)
+@click.option("--learning-rate", type=FiniteRange(0, min_open=True), default=Options.learning_rate, show_default=True)
+@click.option("--init-std", type=FiniteRange(0), default=Options.init_std, show_default=True, help="Of the weights.")
 @click.option("--device", default="cpu", show_default=True, help="Where to train: cpu, cuda, ...")
 @click.option("--threads", type=click.IntRange(1), help="Processes of one thread each.  [default: one per core]")
 @click.pass_context
@@ -73,12 +80,12 @@ def mnist(
     if resume and force:
         raise click.UsageError("--resume continues a run and --force deletes it: give one of them")
     folder = out or (latest_folder("mnist") if resume else default_folder("mnist"))
-    recorded = read_record(folder / CONFIG)["options"] if resume and (folder / CONFIG).exists() else {}
+    recorded = recorded_options(folder) if resume else {}
     options = choose_options(ctx, recorded, seeds, quick)
     run = sweep_mnist if sweep or recorded.get("sweep") else reproduce_mnist
     if importlib.util.find_spec("matplotlib") is None:
         click.echo("matplotlib is not installed, so there will be no figures: pip install 'batchnorm[plots]'", err=True)
-    workers = threads or len(os.sched_getaffinity(0))
+    workers = threads or usable_cpus()
     try:
         with Progress(options.steps) as progress:
             record = run(
@@ -94,6 +101,12 @@ def mnist(
         click.echo(f"stopped; nothing is lost: batchnorm reproduce mnist --resume --out {folder}", err=True)
         raise
     return show(record, folder)
+
+
+def recorded_options(folder: Path) -> dict[str, Any]:
+    """The options of the run to resume; none from a folder without a configuration, which is refused later."""
+    recorded = read_record(folder / CONFIG).get("options") if (folder / CONFIG).exists() else None
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def choose_options(ctx: click.Context, recorded: dict[str, Any], seeds: int, quick: bool) -> Options:

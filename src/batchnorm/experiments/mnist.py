@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from batchnorm.environment import describe_environment
+from batchnorm.errors import RunError
 from batchnorm.experiments.claims import claims_record
 from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist, load_mnist
 from batchnorm.experiments.mnist_claims import ARMS, figure1_claims
@@ -191,9 +192,9 @@ def reproduce_mnist(
 
     Raises:
         DataError: the data files are not MNIST's.
-        RunError: the folder cannot be used as asked, or a worker died.
+        RunError: the folder or the device cannot be used as asked, or a worker died.
     """
-    load_mnist(data_folder, options.input)
+    check_inputs(options, data_folder)
     config = {
         "schema_version": 1,
         "experiment": "mnist",
@@ -207,6 +208,16 @@ def reproduce_mnist(
             claims, unit = figure1_claims(rows, options.seeds, grid_steps(options.steps))
             record = finish_run(folder, rows, claims_record("mnist", claims, unit_drawn=unit))
     return record
+
+
+def check_inputs(options: Options, data_folder: Path | None) -> None:
+    """Refuse data and device before anything is written."""
+    load_mnist(data_folder, options.input)
+    try:
+        torch.zeros(1, device=options.device).item()
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"device {options.device!r} cannot be used here: {reason}; try --device cpu") from error
 
 
 def train_all(

@@ -1,5 +1,6 @@
 """What Figure 1 claims, and the rules by which a run is judged."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def figure1_claims(rows: list[dict[str, Any]], seeds: Sequence[int], grid: set[i
 
 
 def accuracy_claim(pairs: list[tuple[Run, Run]]) -> Claim:
-    finals = [[run[-1]["test_accuracy"] for run in pair] for pair in pairs]
+    finals = [[final_accuracy(run) for run in pair] for pair in pairs]
     values = [100 * (bn - plain) for plain, bn in finals]
     mean, low, high, verdict = judge(values, above=0.0)
     plain, bn = (interval([final[i] for final in finals])[0] for i in (0, 1))
@@ -56,13 +57,19 @@ def accuracy_claim(pairs: list[tuple[Run, Run]]) -> Claim:
     )
 
 
+def final_accuracy(run: Run) -> float:
+    """NaN for a diverged network, whose test loss is null: that it still hits a tenth of the labels says nothing."""
+    return run[-1]["test_accuracy"] if run[-1]["test_loss"] is not None else math.nan
+
+
+def ratio(bn: float, plain: float) -> float:
+    """NaN where there is nothing to compare with."""
+    return bn / plain if plain else math.nan
+
+
 def steps_claim(pairs: list[tuple[Run, Run]]) -> Claim:
-    reached = []
-    for plain, bn in pairs:
-        level = plain[-1]["test_accuracy"]
-        reached.append((steps_to(plain, level), steps_to(bn, level)))
-    # An arm that never gets there counts with the whole training
-    values = [(bn or pair[1][-1]["step"]) / plain for (plain, bn), pair in zip(reached, pairs, strict=True)]
+    reached = [tuple(steps_to(run, final_accuracy(pair[0])) for run in pair) for pair in pairs]
+    values = [steps_ratio(pair, steps) for pair, steps in zip(pairs, reached, strict=True)]
     mean, low, high, verdict = judge(values, below=1.0)
     return Claim(
         name="steps-to-accuracy",
@@ -77,8 +84,20 @@ def steps_claim(pairs: list[tuple[Run, Run]]) -> Claim:
         low=low,
         high=high,
         verdict=verdict,
-        detail="; ".join(f"plain {plain:,}, BN {f'{bn:,}' if bn else 'never'}" for plain, bn in reached),
+        detail="; ".join(f"plain {shown(plain)}, BN {shown(bn)}" for plain, bn in reached),
     )
+
+
+def shown(step: int | None) -> str:
+    return "never" if step is None else f"{step:,}"
+
+
+def steps_ratio(pair: tuple[Run, Run], reached: tuple[int | None, ...]) -> float:
+    """BN that never gets there counts with the whole training; NaN if it diverged or plain did not learn."""
+    plain, bn = reached
+    if math.isnan(final_accuracy(pair[1])):
+        return math.nan
+    return ratio(pair[1][-1]["step"] if bn is None else bn, plain or 0)
 
 
 def steps_to(run: Run, level: float) -> int | None:
@@ -103,7 +122,7 @@ def percentile_drift(run: Run, grid: set[int]) -> Tensor:
 
 def drift_claim(drifts: list[list[Tensor]]) -> Claim:
     medians = [[drift.median().item() for drift in pair] for pair in drifts]
-    values = [bn / plain for plain, bn in medians]
+    values = [ratio(bn, plain) for plain, bn in medians]
     mean, low, high, verdict = judge(values, below=1.0)
     return Claim(
         name="stable-distribution",

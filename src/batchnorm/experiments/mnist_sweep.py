@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.experiments.claims import Claim, claims_record, interval, judge
-from batchnorm.experiments.data.mnist import load_mnist
-from batchnorm.experiments.mnist import INIT_STDS, LEARNING_RATES, NOTES, Options, train_all
+from batchnorm.experiments.mnist import INIT_STDS, LEARNING_RATES, NOTES, Options, check_inputs, train_all
 from batchnorm.experiments.mnist_claims import ARMS, SOURCE
 from batchnorm.experiments.run_folder import finish_run, open_run
 from batchnorm.files import write_json
@@ -28,7 +27,7 @@ def sweep_mnist(
 
     The run folder has ``sweep.json``: accuracies of both arms at every point, and each arm's own best.
     """
-    load_mnist(data_folder, options.input)
+    check_inputs(options, data_folder)
     points = [
         dataclasses.replace(options, learning_rate=learning_rate, init_std=init_std)
         for init_std, learning_rate in itertools.product(INIT_STDS, LEARNING_RATES)

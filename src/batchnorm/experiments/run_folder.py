@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import RunError
-from batchnorm.files import write_atomic, write_json
+from batchnorm.files import remove_temporary, write_atomic, write_json
 
 CONFIG = "config.json"
 CLAIMS = "claims.json"
@@ -52,7 +52,11 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool, force: bool)
             else:
                 refuse_strangers(folder)
                 write_json(folder / CONFIG, config)
-            yield read_record(folder / CLAIMS) if (folder / CLAIMS).exists() else None
+            remove_temporary(folder)
+            finished = (folder / CLAIMS).exists()
+            if finished:
+                remove_work(folder)
+            yield read_record(folder / CLAIMS) if finished else None
     except OSError as error:
         where = error.filename or folder
         raise RunError(
@@ -83,8 +87,14 @@ def finish_run(folder: Path, rows: list[dict[str, Any]], claims: dict[str, Any])
     lines = [json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows]
     write_atomic(folder / "metrics.jsonl", "".join(lines).encode())
     write_json(folder / CLAIMS, claims)
-    shutil.rmtree(folder / WORK)
+    remove_work(folder)
     return claims
+
+
+def remove_work(folder: Path) -> None:
+    """Nothing if a run that was killed right after its claims were written has removed it already."""
+    if (folder / WORK).exists():
+        shutil.rmtree(folder / WORK)
 
 
 def compare(path: Path, config: dict[str, Any]) -> None:
@@ -139,7 +149,7 @@ def default_folder(experiment: str) -> Path:
 
 def latest_folder(experiment: str) -> Path:
     """The last run under ``runs``, for ``--resume`` without a folder."""
-    folders = sorted(Path("runs").glob(f"{experiment}-*"))
+    folders = sorted(path for path in Path("runs").glob(f"{experiment}-*") if path.is_dir())
     if not folders:
         raise RunError(f"runs: no run of {experiment} to resume there; name its folder with --out")
     return folders[-1]

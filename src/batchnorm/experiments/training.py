@@ -90,20 +90,20 @@ def train(
         :class:`Timing`.
 
     Raises:
-        RunError: the checkpoint cannot be read or belongs to another task.
+        RunError: the checkpoint cannot be read or belongs to another task, or the metrics are shorter than it says.
         StoppedError: ``should_stop`` said so.
         OSError: the folder cannot be written; the last checkpoint stays valid.
     """
     metrics_path = folder / f"{task.name}.jsonl"
     checkpoint_path = folder / f"{task.name}.checkpoint"
     first, metrics_length, seconds = load_checkpoint(checkpoint_path, task)
-    if first == task.steps:
-        return Timing(*seconds)
     clock = time.perf_counter
     saved_at = clock()
     model, optimizer = task.model, task.optimizer
     model.train()
     with open_truncated(metrics_path, metrics_length) as metrics:
+        if first == task.steps:
+            return Timing(*seconds)
 
         def evaluate(step: int) -> None:
             started = clock()

@@ -3,9 +3,12 @@
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from batchnorm.errors import RunError
@@ -22,7 +25,6 @@ MALLOC = {
 
 _progress: Any = None
 _stop: Any = None
-_parent = 0
 
 
 def run_jobs(
@@ -49,10 +51,11 @@ def run_jobs(
         max(1, min(workers, len(jobs))),
         mp_context=context,
         initializer=begin_worker,
-        initargs=(queue, stop, os.getpid()),
+        initargs=(queue, stop),
     ) as pool:
-        futures = {name: pool.submit(run, *arguments) for name, arguments in jobs}
         try:
+            with interrupts_held():
+                futures = {name: pool.submit(run, *arguments) for name, arguments in jobs}
             pending: set[Future[Any]] = set(futures.values())
             while pending:
                 done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
@@ -70,24 +73,43 @@ def run_jobs(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def begin_worker(queue: Any, stop: Any, parent: int) -> None:
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends. Processes started inside never see one, not even while they start."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_worker(queue: Any, stop: Any) -> None:
     """Prepare a worker: one thread, Ctrl-C left to the parent, and nothing for the collector to walk over."""
-    global _progress, _stop, _parent
-    import signal
+    global _progress, _stop
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _progress, _stop, _parent = queue, stop, parent
+    _progress, _stop = queue, stop
     gc.collect()
     gc.freeze()
 
 
-def report_progress(name: str, step: int) -> None:
-    """Tell the parent how far a job is. A worker whose parent is gone ends."""
-    if os.getppid() != _parent:
+def end_with_parent() -> None:
+    """Wait for the parent to go, however it ends, and end at once: an idle worker would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)
+
+
+def report_progress(name: str, step: int) -> None:
+    """Tell the parent how far a job is."""
     _progress.put((name, step))
 
 

@@ -1,6 +1,6 @@
 """Algorithm 2: replace running averages by population statistics, measured with frozen weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Mo
         for name, layer in layers.items():
             layer.train()
             layer.track_running_stats = False
-            hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0])))
+            hooks.append(layer.register_forward_pre_hook(measure(moments[name]), with_kwargs=True))
         yield moments
     finally:
         for hook in hooks:
@@ -126,6 +126,15 @@ def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Mo
             layer.track_running_stats = track
         for module, training in modes:
             module.training = training
+
+
+def measure(moments: Moments) -> Callable[..., None]:
+    """A hook that adds the input of a layer, given by position or by name."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        moments.add(args[0] if args else kwargs["input"])
+
+    return hook
 
 
 def store(layer: Any, mean: Tensor, var: Tensor, batches: int) -> None:

@@ -31,7 +31,7 @@ def read_idx(path: Path, shape: tuple[int, ...], md5: str) -> np.ndarray:
     header = struct.pack(f">BBBB{len(shape)}I", 0, 0, UNSIGNED_BYTE, len(shape), *shape)
     length = len(header) + int(np.prod(shape))
     content = read_bounded(path, length + 1)
-    begin = f"it begins with {content[:16].hex(' ')}"
+    begin = f"it begins with {content[:16].hex(' ')}" if content else "it is empty"
     if content[: len(header)] != header:
         raise DataError(
             f"{path}: expected an IDX header {header.hex(' ')} (unsigned bytes of shape {shape}), but {begin}"
@@ -55,6 +55,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         with open(path, "rb") as raw:
             begin = raw.read(16).hex(" ")
-        raise DataError(f"{path}: expected a complete gzip file, but {error}; it begins with {begin}") from error
+        reason = str(error).rstrip(".")
+        raise DataError(f"{path}: expected a complete gzip file, but {reason}; it begins with {begin}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
