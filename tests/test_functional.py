@@ -13,10 +13,11 @@ from torch import Tensor
 from torch_samples import OP_INFO
 
 from batchnorm import functional, reference
+from batchnorm._ops import choice
 from batchnorm.errors import BatchNormError
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", functional.IMPLEMENTATIONS)
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", choice.IMPLEMENTATIONS)
 CPU_DTYPES = sorted(OP_INFO.supported_dtypes("cpu"), key=str)
 
 
@@ -207,7 +208,7 @@ def test_every_layout_equals_torch(layout, activation, training, implementation)
 
 def test_statistics_carry_no_gradient_but_the_output_depends_on_them():
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    for implementation in functional.IMPLEMENTATIONS:
+    for implementation in IMPLEMENTATIONS:
         output, mean, var, count = functional.batch_norm_train(x, implementation=implementation)
         assert not mean.requires_grad
         assert not var.requires_grad
@@ -218,7 +219,7 @@ def test_statistics_carry_no_gradient_but_the_output_depends_on_them():
 
 def test_train_returns_the_biased_variance():
     x = torch.randn(5, 2, 3)
-    for implementation in functional.IMPLEMENTATIONS:
+    for implementation in IMPLEMENTATIONS:
         _, mean, var, count = functional.batch_norm_train(x, implementation=implementation)
         torch.testing.assert_close(mean, x.mean((0, 2)))
         torch.testing.assert_close(var, x.var((0, 2), correction=0))
@@ -232,7 +233,7 @@ def test_inference_equals_reference_for_every_activation():
     for activation in (None, *reference.ACTIVATIONS):
         options = {"residual": residual, "activation": activation, "eps": 1e-3}
         expected = reference.batch_norm_inference(x, mean, var, weight, bias, **options)
-        for implementation in functional.IMPLEMENTATIONS:
+        for implementation in IMPLEMENTATIONS:
             actual = functional.batch_norm_inference(
                 x, mean, var, weight, bias, **options, implementation=implementation
             )

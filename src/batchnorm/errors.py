@@ -1,5 +1,7 @@
 """The exceptions that are ours; wrong arguments of a layer raise what ``torch.nn`` raises for them.
 
+The tree, root first:
+
     BatchNormError
     |-- DataError              a data file is not what it should be (also a ValueError)
     |-- RunError               a run folder cannot be used as asked (also a RuntimeError)

@@ -17,14 +17,9 @@ The dense and the convolutional form are the same formulas over other dimensions
 every dimension but 1.
 
 Example:
-    >>> import torch
-    >>> from batchnorm import reference
     >>> x = torch.tensor([[1.0], [3.0]])
-    >>> mean = reference.batch_mean(x)
-    >>> var = reference.batch_var(x, mean)
-    >>> reference.normalize(x, mean, var, eps=0.0)
-    tensor([[-1.],
-            [ 1.]])
+    >>> normalize(x, batch_mean(x), batch_var(x, batch_mean(x)), eps=0.0).flatten()
+    tensor([-1.,  1.])
 """
 
 from collections.abc import Callable, Sequence
@@ -35,25 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "mish": F.mish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "hardswish": F.hardswish,
+    name: getattr(F, name)
+    for name in ("relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "mish", "sigmoid", "tanh", "hardswish")
 }
-"""The nonlinearities that can follow a normalization, with torch's default parameters."""
+"""What can follow a normalization, with torch's default parameters."""
 
 
 class TrainOutput(NamedTuple):
-    """What normalizing a mini-batch yields: the output (N, C, *) and the statistics it used.
-
-    ``mean`` and ``var`` have shape (C,); ``var`` divides by ``count``, the number of values per channel.
-    """
+    """Output (N, C, *), the batch's ``mean`` and ``var`` (C,), and ``count``, the values per channel."""
 
     output: Tensor
     mean: Tensor
@@ -171,43 +155,34 @@ def grad_normalized(grad_output: Tensor, weight: Tensor) -> Tensor:
     return grad_output * per_channel(weight, grad_output)
 
 
-def grad_batch_var(grad_normalized: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def grad_batch_var(grad_normalized: Tensor, centered: Tensor, var: Tensor, eps: float) -> Tensor:
     r""":math:`\partial l / \partial \sigma_B^2 = \sum_i \partial l / \partial \hat x_i \, (x_i - \mu_B) \cdot
     -\frac{1}{2} (\sigma_B^2 + \epsilon)^{-3/2}`."""
-    centered = x - per_channel(mean, x)
-    return (grad_normalized * centered).sum(reduced_dims(x)) * -0.5 * (var + eps) ** -1.5
+    return (grad_normalized * centered).sum(reduced_dims(centered)) * -0.5 * (var + eps) ** -1.5
 
 
 def grad_batch_mean(
-    grad_normalized: Tensor, grad_batch_var: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float
+    grad_normalized: Tensor, grad_batch_var: Tensor, centered: Tensor, var: Tensor, eps: float
 ) -> Tensor:
     r""":math:`\partial l / \partial \mu_B = \sum_i \partial l / \partial \hat x_i \cdot -1/\sqrt{\sigma_B^2 + \epsilon}
     + \partial l / \partial \sigma_B^2 \cdot \frac{1}{m} \sum_i -2 (x_i - \mu_B)`.
 
     The second term is zero for any x; it is kept because the paper prints it.
     """
-    centered = x - per_channel(mean, x)
-    through_normalized = -grad_normalized.sum(reduced_dims(x)) * torch.rsqrt(var + eps)
-    through_var = grad_batch_var * (-2 * centered).sum(reduced_dims(x)) / values_per_channel(x)
-    return through_normalized + through_var
+    dims, count = reduced_dims(centered), values_per_channel(centered)
+    through_normalized = -grad_normalized.sum(dims) * torch.rsqrt(var + eps)
+    return through_normalized + grad_batch_var * (-2 * centered).sum(dims) / count
 
 
 def grad_input(
-    grad_normalized: Tensor,
-    grad_batch_var: Tensor,
-    grad_batch_mean: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    grad_normalized: Tensor, grad_batch_var: Tensor, grad_batch_mean: Tensor, centered: Tensor, var: Tensor, eps: float
 ) -> Tensor:
     r""":math:`\partial l / \partial x_i = \partial l / \partial \hat x_i / \sqrt{\sigma_B^2 + \epsilon}
     + \partial l / \partial \sigma_B^2 \cdot 2 (x_i - \mu_B) / m + \partial l / \partial \mu_B / m`."""
-    count = values_per_channel(x)
-    centered = x - per_channel(mean, x)
-    direct = grad_normalized * per_channel(torch.rsqrt(var + eps), x)
-    through_var = per_channel(grad_batch_var, x) * 2 * centered / count
-    return direct + through_var + per_channel(grad_batch_mean, x) / count
+    count = values_per_channel(centered)
+    direct = grad_normalized * per_channel(torch.rsqrt(var + eps), centered)
+    through_var = per_channel(grad_batch_var, centered) * 2 * centered / count
+    return direct + through_var + per_channel(grad_batch_mean, centered) / count
 
 
 def grad_weight(grad_output: Tensor, normalized: Tensor) -> Tensor:
@@ -223,27 +198,16 @@ def grad_bias(grad_output: Tensor) -> Tensor:
 def batch_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, eps: float) -> Gradients:
     """The six equations of section 3, in the paper's order.
 
-    Args:
-        grad_output: gradient of the loss with respect to the output of Algorithm 1, shape (N, C, *).
-        x: input of Algorithm 1, shape (N, C, *).
-        weight: gamma, shape (C,).
-        eps: as in the forward pass.
-
-    Example:
-        >>> x = torch.tensor([[1.0], [2.0], [4.0]])
-        >>> batch_norm_backward(torch.tensor([[1.0], [0.0], [0.0]]), x, torch.ones(1), 0.0).grad_bias
-        tensor([1.])
+    ``grad_output`` and ``x`` have shape (N, C, *), ``weight`` (C,); ``eps`` is the forward pass's.
     """
     mean = batch_mean(x)
     var = batch_var(x, mean)
     d_normalized = grad_normalized(grad_output, weight)
-    d_var = grad_batch_var(d_normalized, x, mean, var, eps)
-    d_mean = grad_batch_mean(d_normalized, d_var, x, mean, var, eps)
-    return Gradients(
-        grad_input(d_normalized, d_var, d_mean, x, mean, var, eps),
-        grad_weight(grad_output, normalize(x, mean, var, eps)),
-        grad_bias(grad_output),
-    )
+    centered = x - per_channel(mean, x)
+    d_var = grad_batch_var(d_normalized, centered, var, eps)
+    d_mean = grad_batch_mean(d_normalized, d_var, centered, var, eps)
+    d_input = grad_input(d_normalized, d_var, d_mean, centered, var, eps)
+    return Gradients(d_input, grad_weight(grad_output, normalize(x, mean, var, eps)), grad_bias(grad_output))
 
 
 def batch_norm_backward_simplified(grad_output: Tensor, x: Tensor, weight: Tensor, eps: float) -> Gradients:
@@ -267,10 +231,7 @@ def batch_norm_backward_simplified(grad_output: Tensor, x: Tensor, weight: Tenso
 
 
 def running_average(running: Tensor, new: Tensor, momentum: float) -> Tensor:
-    r"""The moving average kept while training: ``(1 - momentum) * running + momentum * new``, torch's convention.
-
-    Source: section 3.1 ("using moving averages instead, we can track the accuracy of a model as it trains").
-    """
+    """The moving average kept while training (section 3.1); ``momentum`` weighs the new batch, as in torch."""
     return (1 - momentum) * running + momentum * new
 
 
@@ -287,8 +248,7 @@ def population_mean(means: Sequence[Tensor]) -> Tensor:
 def population_var(variances: Sequence[Tensor], count: int) -> Tensor:
     r"""Algorithm 2 line 10: :math:`Var[x] = \frac{m}{m-1} E_B[\sigma_B^2]`, mini-batches of ``count`` values each.
 
-    Unbiased when mini-batches are independent draws; the variance between their means is not counted.
-    :func:`pooled_statistics` counts it.
+    Unbiased for independent draws. The variance between the means is left out; :func:`pooled_statistics` counts it.
     """
     return var_unbiased(torch.stack(list(variances)).mean(0), count)
 
@@ -296,24 +256,19 @@ def population_var(variances: Sequence[Tensor], count: int) -> Tensor:
 def pooled_statistics(
     means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean and unbiased variance of all values together, from the statistics of mini-batches of any size.
+    r"""Mean and unbiased variance of all values together, by the law of total variance; batches of any size.
 
-    .. math:: M = \sum_B m_B, \quad E[x] = \frac{1}{M} \sum_B m_B \mu_B, \quad
-        Var[x] = \frac{1}{M - 1} \sum_B m_B \big(\sigma_B^2 + (\mu_B - E[x])^2\big)
-
-    Source: law of total variance; deviations are taken from the total mean, never E[x^2] - E[x]^2.
+    .. math:: E[x] = \frac{1}{M} \sum_B m_B \mu_B, \quad
+        Var[x] = \frac{1}{M - 1} \sum_B m_B \big(\sigma_B^2 + (\mu_B - E[x])^2\big), \quad M = \sum_B m_B
 
     Example:
         >>> pooled_statistics([torch.tensor(1.0), torch.tensor(3.0)], [torch.tensor(0.0)] * 2, [2, 2])
         (tensor(2.), tensor(1.3333))
     """
-    weights = torch.tensor(counts, dtype=means[0].dtype)
-    total = weights.sum()
-    stacked_means, stacked_vars = torch.stack(list(means)), torch.stack(list(variances))
-    weights = weights.view(-1, *[1] * means[0].dim())
-    mean = (weights * stacked_means).sum(0) / total
-    squares = (weights * (stacked_vars + (stacked_means - mean).square())).sum(0)
-    return mean, squares / (total - 1)
+    total = sum(counts)
+    mean = torch.stack([count * m for count, m in zip(counts, means, strict=True)]).sum(0) / total
+    squares = [count * (var + (m - mean).square()) for count, m, var in zip(counts, means, variances, strict=True)]
+    return mean, torch.stack(squares).sum(0) / (total - 1)
 
 
 def batch_norm_inference(
@@ -329,7 +284,7 @@ def batch_norm_inference(
 ) -> Tensor:
     r"""Normalize by population statistics: :math:`y = \gamma (x - E[x]) / \sqrt{Var[x] + \epsilon} + \beta`.
 
-    Args and source as in :func:`batch_norm_train`; ``mean`` and ``var`` are the population's, shape (C,).
+    As :func:`batch_norm_train`, with ``mean`` and ``var`` of the population, shape (C,).
     """
     z = scale_and_shift(normalize(widen(x), mean, var, eps), weight, bias)
     return activate(z, residual, activation).to(x.dtype)
@@ -349,10 +304,7 @@ def inference_affine(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, ep
 
 
 def normalize_outside_gradient(x: Tensor, eps: float) -> Tensor:
-    """Normalization that the gradient step ignores: the statistics are constants to autograd.
-
-    A bias added before it drifts without bound while the loss stays the same (section 2).
-    """
+    """Normalization that the gradient ignores: a bias before it drifts without bound at constant loss (section 2)."""
     mean = batch_mean(x).detach()
     return normalize(x, mean, batch_var(x, mean).detach(), eps)
 
@@ -383,9 +335,8 @@ def whiten_backward(grad_output: Tensor, x: Tensor, eps: float) -> Tensor:
         K_{ij} = \frac{f(\lambda_i) - f(\lambda_j)}{\lambda_i - \lambda_j} = -\frac{s_i s_j}{1/s_i + 1/s_j},
         \quad s_i = (\lambda_i + \epsilon)^{-1/2}
 
-    The right-hand form of K has no difference in its denominator, so equal eigenvalues need no special case.
-
-    Source: Daleckii & Krein 1965 (divided differences).
+    The right-hand form of K has no difference in its denominator, so equal eigenvalues need no special case
+    (divided differences: Daleckii & Krein 1965).
     """
     count = x.shape[0]
     centered = x - batch_mean(x)

@@ -9,9 +9,10 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm.nn
-from batchnorm import functional, reference
+from batchnorm import reference
+from batchnorm._ops import choice
 
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", functional.IMPLEMENTATIONS)
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", choice.IMPLEMENTATIONS)
 BOTH = pytest.mark.parametrize("home", [batchnorm.nn, torch.nn], ids=["ours", "torch"])
 
 

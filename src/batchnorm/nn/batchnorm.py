@@ -5,15 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm._ops.checks import check_activation
+from batchnorm._ops.choice import Choice, check_implementation, choose
 from batchnorm._ops.dtypes import statistics_dtype
-from batchnorm.functional import (
-    Choice,
-    batch_norm_inference,
-    check_activation,
-    check_implementation,
-    choose,
-    train_and_track,
-)
+from batchnorm.functional import batch_norm_inference, train_and_track
 
 
 class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
