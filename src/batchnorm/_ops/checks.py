@@ -1,0 +1,74 @@
+"""Checks of the arguments: torch's kinds of errors, with the values in them, before anything is changed."""
+
+import torch
+from torch import Tensor
+
+from batchnorm._ops.dtypes import HALF
+from batchnorm.reference import ACTIVATIONS
+
+
+def check_input(input: Tensor, residual: Tensor | None, activation: str | None) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be Tensor, not {type(input).__name__}")
+    if input.dim() < 2 and input.numel() > 0:
+        raise RuntimeError(f"expected input of size (N, C, *), got input size {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"\"batch_norm\" not implemented for '{input.dtype}'")
+    if activation is not None:
+        check_activation(activation)
+    if residual is not None and (
+        residual.shape != input.shape or residual.dtype != input.dtype or residual.device != input.device
+    ):
+        raise RuntimeError(
+            f"residual should have the size, dtype and device of the input: expected {tuple(input.shape)} "
+            f"{input.dtype} {input.device}, got {tuple(residual.shape)} {residual.dtype} {residual.device}"
+        )
+
+
+def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
+    num_features, dtype, device = 0 if input.dim() < 2 else input.shape[1], input.dtype, input.device
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be Tensor, not {type(tensor).__name__}")
+        if tensor.dim() != 1 or tensor.shape[0] != num_features:
+            raise RuntimeError(
+                f"{name} should contain {num_features} elements not {tensor.numel()}: "
+                f"expected shape ({num_features},), got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != dtype and not (dtype in HALF and tensor.dtype == torch.float32):
+            raise RuntimeError(f"mixed dtype: {name} is {tensor.dtype}, but the input is {dtype}")
+        if tensor.device != device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {name} is on {tensor.device} "
+                f"and the input on {device}"
+            )
+
+
+def of_one_dtype(*tensors: Tensor | None) -> bool:
+    """Whether torch's kernels take these per-channel tensors as they are."""
+    return len({tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)}) < 2
+
+
+def suits_torch(weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether torch's training call does what ours promises: it takes one dtype and updates bfloat16 in bfloat16."""
+    return of_one_dtype(weight, bias, mean, var) and (mean is None or mean.dtype not in HALF)
+
+
+def check_not_vmapped(mean: Tensor, running_mean: Tensor | None) -> None:
+    if running_mean is None or torch.compiler.is_compiling():
+        return
+    is_batched = torch._C._functorch.is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    if is_batched(mean) and not is_batched(running_mean):
+        raise RuntimeError(
+            f"running statistics of shape {tuple(running_mean.shape)} cannot be updated inside vmap, where every "
+            "sample has a mean and a variance of its own: use eval(), track_running_stats=False or "
+            "torch.func.replace_all_batch_norm_modules_"
+        )
+
+
+def check_activation(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: expected None or one of {', '.join(ACTIVATIONS)}")
+    return activation
