@@ -208,7 +208,7 @@ def test_every_layout_equals_torch(layout, activation, training, implementation)
 
 def test_statistics_carry_no_gradient_but_the_output_depends_on_them():
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in choice.IMPLEMENTATIONS:
         output, mean, var, count = functional.batch_norm_train(x, implementation=implementation)
         assert not mean.requires_grad
         assert not var.requires_grad
@@ -219,7 +219,7 @@ def test_statistics_carry_no_gradient_but_the_output_depends_on_them():
 
 def test_train_returns_the_biased_variance():
     x = torch.randn(5, 2, 3)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in choice.IMPLEMENTATIONS:
         _, mean, var, count = functional.batch_norm_train(x, implementation=implementation)
         torch.testing.assert_close(mean, x.mean((0, 2)))
         torch.testing.assert_close(var, x.var((0, 2), correction=0))
@@ -233,7 +233,7 @@ def test_inference_equals_reference_for_every_activation():
     for activation in (None, *reference.ACTIVATIONS):
         options = {"residual": residual, "activation": activation, "eps": 1e-3}
         expected = reference.batch_norm_inference(x, mean, var, weight, bias, **options)
-        for implementation in IMPLEMENTATIONS:
+        for implementation in choice.IMPLEMENTATIONS:
             actual = functional.batch_norm_inference(
                 x, mean, var, weight, bias, **options, implementation=implementation
             )

@@ -11,7 +11,8 @@ import torch
 
 import batchnorm
 import batchnorm.nn
-from batchnorm import errors, functional
+from batchnorm import errors
+from batchnorm._ops import choice
 
 PACKAGES = ("batchnorm", "batchnorm.nn", "batchnorm.statistics")
 
@@ -68,7 +69,7 @@ def test_layer_prints_copies_and_pickles(layer):
 
 
 def test_repr_names_every_implementation():
-    for implementation in functional.IMPLEMENTATIONS:
+    for implementation in choice.IMPLEMENTATIONS:
         assert f"implementation={implementation}" in repr(batchnorm.nn.BatchNorm1d(3, implementation=implementation))
 
 

@@ -11,13 +11,14 @@ from torch_samples import LAYERS, MODULE_INFO, SAMPLES, module_error_samples, mo
 
 import batchnorm.nn
 from batchnorm import functional
+from batchnorm._ops import choice
 
 EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
 EVERY_SAMPLE = pytest.mark.parametrize(
     ("name", "number"), [pytest.param(name, number, id=f"{name}-{desc}") for name, number, desc in SAMPLES]
 )
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", functional.IMPLEMENTATIONS)
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", choice.IMPLEMENTATIONS)
 SHAPES = {"BatchNorm1d": (4, 3, 5), "BatchNorm2d": (4, 3, 5, 2), "BatchNorm3d": (2, 3, 2, 3, 2)}
 
 
