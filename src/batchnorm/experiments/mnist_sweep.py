@@ -68,7 +68,9 @@ def summarize(rows: list[dict[str, Any]], points: list[Options]) -> dict[str, An
                 if (row["arm"], row["learning_rate"], row["init_std"], row["step"]) == place
             ]
             mean, low, high = interval(values)
-            arms[arm] = {"values": values, "mean": mean, "low": low, "high": high}
+            # Student's interval of a few accuracies can reach below 0 and above 1, where there are none
+            bounds = (None if low is None else max(low, 0.0), None if high is None else min(high, 1.0))
+            arms[arm] = {"values": values, "mean": mean, "low": bounds[0], "high": bounds[1]}
         records.append({"learning_rate": point.learning_rate, "init_std": point.init_std, "arms": arms})
     best = {}
     for arm in ARMS:

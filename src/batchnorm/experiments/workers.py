@@ -56,6 +56,8 @@ def run_jobs(
         try:
             with interrupts_held():
                 futures = {name: pool.submit(run, *arguments) for name, arguments in jobs}
+                # The pool watches the processes it had when something was last submitted, and that is one too few
+                pool.submit(int)
             pending: set[Future[Any]] = set(futures.values())
             while pending:
                 done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
