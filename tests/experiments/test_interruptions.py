@@ -96,13 +96,16 @@ def test_a_run_killed_at_any_random_moment_ends_with_the_same_bytes(
     assert_resumes_to(expected, folder)
 
 
-@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the parent", "the whole group"])
+@pytest.mark.parametrize(
+    ("kill", "times"), [(os.kill, 1), (os.killpg, 1), (os.killpg, 5)], ids=["the parent", "the group", "five times"]
+)
 def test_ctrl_c_says_how_to_resume_and_loses_nothing(
-    expected: dict[str, bytes], folder: Path, begin: Start, kill: Callable[[int, int], None]
+    expected: dict[str, bytes], folder: Path, begin: Start, kill: Callable[[int, int], None], times: int
 ):
     process = begin()
     assert wait_for(lambda: is_training(folder))
-    kill(process.pid, signal.SIGINT)
+    for _ in range(times):
+        kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     assert only_line(folder) == f"stopped; nothing is lost: batchnorm reproduce mnist --resume --out {folder}"
     assert wait_for(lambda: not session_of(process), 5)

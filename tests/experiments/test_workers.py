@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,24 @@ def test_an_interrupt_stops_the_jobs_and_is_raised_here(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         run_jobs(work_until_asked_to_stop, [("works", (tmp_path,))], workers=1, on_progress=interrupt)
     assert (tmp_path / "stopped").exists()
+
+
+def test_ctrl_c_between_the_steps_is_raised_when_the_jobs_have_stopped(tmp_path: Path):
+    def press(job: str, step: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(work_until_asked_to_stop, [("works", (tmp_path,))], workers=1, on_progress=press)
+    assert (tmp_path / "stopped").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_jobs_run_from_any_thread():
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(run_jobs, double, [("job", (1,))], workers=1, on_progress=ignore)
+        assert future.result(60) == {"job": 2}
 
 
 def test_ctrl_c_is_not_held_back_after_the_workers_have_started():

@@ -1,5 +1,6 @@
 """Jobs spread over the cores as processes of one thread each."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -46,13 +47,12 @@ def run_jobs(
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in MALLOC.items()})
     context = multiprocessing.get_context("spawn")
-    queue, stop = context.SimpleQueue(), context.Event()
-    with ProcessPoolExecutor(
-        max(1, min(workers, len(jobs))),
-        mp_context=context,
-        initializer=begin_worker,
-        initargs=(queue, stop),
-    ) as pool:
+    # Without a lock, which a worker that is killed could leave taken
+    queue, stop = context.SimpleQueue(), context.RawValue(ctypes.c_bool, False)
+    pool = ProcessPoolExecutor(
+        max(1, min(workers, len(jobs))), mp_context=context, initializer=begin_worker, initargs=(queue, stop)
+    )
+    with interrupts_noted() as interrupts, pool:
         try:
             with interrupts_held():
                 futures = {name: pool.submit(run, *arguments) for name, arguments in jobs}
@@ -65,14 +65,30 @@ def run_jobs(
                     on_progress(*queue.get())
                 for future in done:
                     future.result()
+                if interrupts:
+                    raise KeyboardInterrupt
             return {name: future.result() for name, future in futures.items()}
         except BrokenProcessPool as error:
             raise RunError(
                 "a worker process ended unexpectedly (killed, or out of memory); continue with --resume"
             ) from error
         finally:
-            stop.set()
+            stop.value = True
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def interrupts_noted() -> Iterator[list[int]]:
+    """A list that grows with every Ctrl-C, instead of an exception wherever the pool happens to be."""
+    interrupts: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
 @contextmanager
@@ -117,4 +133,4 @@ def report_progress(name: str, step: int) -> None:
 
 def should_stop() -> bool:
     """Whether the parent wants the job to save and end."""
-    return _stop.is_set()
+    return _stop.value
