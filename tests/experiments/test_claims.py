@@ -15,7 +15,6 @@ from batchnorm.experiments.claims import (
     claims_record,
     interval,
     judge,
-    judge_ratio,
     overall,
 )
 
@@ -83,27 +82,6 @@ def test_only_a_whole_interval_beyond_the_bound_reproduces(values: list[float], 
 @pytest.mark.parametrize("bound", [{"above": 0.0}, {"below": 1.0}])
 def test_a_diverged_seed_cannot_be_compared(value: float, bound: dict[str, float]):
     assert judge([0.3, value, 0.4], **bound) == (None, None, None, NOT_COMPARABLE)
-
-
-def test_ratios_are_judged_by_their_logarithms():
-    """Logarithms -1, -2 and -3: mean -2, interval of Student around it."""
-    mean, low, high, verdict = judge_ratio([math.exp(-1), math.exp(-2), math.exp(-3)], below=1.0)
-    half = 4.303 / math.sqrt(3)
-    assert (mean, low, high) == pytest.approx((math.exp(-2), math.exp(-2 - half), math.exp(-2 + half)))
-    assert verdict == NOT_REPRODUCED
-    assert judge_ratio([0.5, 0.4, 0.5], below=1.0)[3] == REPRODUCED
-    assert judge_ratio([0.5], below=1.0) == (pytest.approx(0.5), None, None, NOT_COMPARABLE)
-
-
-def test_a_ratio_and_its_inverse_are_judged_alike():
-    mean, low, high, _ = judge_ratio([0.5, 0.25], below=1.0)
-    inverse, inverse_low, inverse_high, _ = judge_ratio([2.0, 4.0], below=1.0)
-    assert (1 / mean, 1 / high, 1 / low) == pytest.approx((inverse, inverse_low, inverse_high))
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF])
-def test_what_is_no_ratio_cannot_be_compared(value: float):
-    assert judge_ratio([0.5, value], below=1.0) == (None, None, None, NOT_COMPARABLE)
 
 
 @pytest.mark.parametrize(
