@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import LAYOUTS, tensor_in
-from tolerance import assert_within_budget
 from torch import Tensor
-from torch_samples import OP_INFO
 
 from batchnorm import functional, reference
 from batchnorm._ops import choice
 from batchnorm.errors import BatchNormError
+from layouts import LAYOUTS, tensor_in
+from tolerance import assert_within_budget
+from torch_samples import OP_INFO
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", choice.IMPLEMENTATIONS)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_within_budget, results_and_gradients
 from torch import Tensor
 
 from batchnorm import functional, reference
+from tolerance import assert_within_budget, results_and_gradients
 
 EPS = 1e-5
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", functional.IMPLEMENTATIONS)

@@ -9,11 +9,11 @@ import types
 import click
 import pytest
 from click.testing import CliRunner
-from commands import BATCHNORM, run_command
 
 import batchnorm as package
 from batchnorm.cli import main
 from batchnorm.errors import RunError
+from commands import BATCHNORM, run_command
 
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import BATCHNORM, evidence, run_command, small_run
 from test_progress import LINE
 
 from batchnorm.cli.main import run
+from commands import BATCHNORM, evidence, run_command, small_run
 
 RECORDS = {".lock", "config.json", "environment.json", "metrics.jsonl", "timing.json", "claims.json", "checkpoints"}
 PAGE = {"figure1.svg", "figure1.png", "report.html"}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from commands import evidence, kill_group, run_command, session_of, small_run, start, wait_for
 
 OPTIONS = ("--steps", 600, "--seeds", 2)

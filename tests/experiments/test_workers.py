@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import kill_group, session_of, start, wait_for
 from worker_jobs import die_after, double, fail, fail_after, report, threads, work_until_asked_to_stop
 
 from batchnorm.errors import RunError
 from batchnorm.experiments.workers import run_jobs
+from commands import kill_group, session_of, start, wait_for
 
 
 def ignore(job: str, step: int) -> None:

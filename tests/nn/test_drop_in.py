@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
-from torch_samples import LAYERS, MODULE_INFO, SAMPLES, module_error_samples, module_samples
 
 import batchnorm.nn
 from batchnorm import functional
 from batchnorm._ops import choice
+from torch_samples import LAYERS, MODULE_INFO, SAMPLES, module_error_samples, module_samples
 
 EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
 EVERY_SAMPLE = pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from layouts import DENSE_LAYOUTS, LAYOUTS, tensor_in
 from torch import Tensor
 
 from batchnorm import reference
 from batchnorm._ops import batch_norm as ops
 from batchnorm._ops.batch_norm import train, train_backward_op, train_op
+from layouts import DENSE_LAYOUTS, LAYOUTS, tensor_in
 
 EPS = 1e-3
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -15,11 +15,14 @@ from batchnorm.environment import usable_cpus
 from batchnorm.experiments.data.mnist import INPUTS
 from batchnorm.experiments.mnist import Options, reproduce_mnist
 from batchnorm.experiments.mnist_sweep import sweep_mnist
-from batchnorm.experiments.run_folder import CONFIG, default_folder, latest_folder, read_record
+from batchnorm.experiments.run_folder import CONFIG, TIMING, default_folder, latest_folder, read_record
 from batchnorm.report import verdict_table, write_report
 
 QUICK_STEPS = 1000
 QUICK_SEEDS = 2
+GRID = ("learning_rate", "init_std")
+# Arms whose speed is printed; those of a sweep are in its page
+MOST_RATES = 8
 # Options of the command that are fields of the configuration, so that --resume can take them from the run
 CONFIGURED = ("steps", "input", "learning_rate", "init_std", "device")
 
@@ -79,6 +82,8 @@ def mnist(
     """
     if resume and force:
         raise click.UsageError("--resume continues a run and --force deletes it: give one of them")
+    if sweep and any(ctx.get_parameter_source(name) is not ParameterSource.DEFAULT for name in GRID):
+        raise click.UsageError("--sweep trains its own grid: leave out --learning-rate and --init-std.")
     folder = out or (latest_folder("mnist") if resume else default_folder("mnist"))
     recorded = recorded_options(folder) if resume else {}
     options = choose_options(ctx, recorded, seeds, quick)
@@ -123,7 +128,7 @@ def choose_options(ctx: click.Context, recorded: dict[str, Any], seeds: int, qui
     for name in values:
         kept = recorded.get(name)
         if not given(name) and kept is not None and not (quick and name in ("steps", "seeds")):
-            is_grid = isinstance(kept, Sequence) and name in ("learning_rate", "init_std")
+            is_grid = isinstance(kept, Sequence) and name in GRID
             values[name] = values[name] if is_grid else tuple(kept) if name == "seeds" else kept
     return Options(**values)
 
@@ -131,6 +136,12 @@ def choose_options(ctx: click.Context, recorded: dict[str, Any], seeds: int, qui
 def show(record: dict[str, Any], folder: Path) -> int:
     """Figures, page and verdicts; the exit status."""
     paths = write_report(folder) if importlib.util.find_spec("matplotlib") else []
+    timing = read_record(folder / TIMING)
+    rates = [f"{arm} {cost['steps_per_second']:,.0f} steps/s" for arm, cost in timing["arms"].items()]
+    if len(rates) <= MOST_RATES:
+        stacked = next(iter(timing["arms"].values()))["networks"]
+        click.echo(f"{'; '.join(rates)}, each step for {stacked} networks at once", err=True)
+    click.echo(f"training took {timing['training_seconds']:.0f} s", err=True)
     Console().print(verdict_table(record["claims"]))
     page = next((path for path in paths if path.suffix == ".html"), folder)
     click.echo(f"the evidence is in {page}", err=True)

@@ -24,7 +24,7 @@ from batchnorm.experiments.claims import claims_record
 from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist, load_mnist
 from batchnorm.experiments.mnist_claims import ARMS, figure1_claims
 from batchnorm.experiments.models.mlp import StackedMLP
-from batchnorm.experiments.run_folder import WORK, finish_run, open_run
+from batchnorm.experiments.run_folder import TIMING, WORK, finish_run, open_run
 from batchnorm.experiments.training import PHASES, Timing, read_rows, train
 from batchnorm.experiments.workers import report_progress, run_jobs, should_stop
 from batchnorm.files import write_atomic, write_json
@@ -43,6 +43,8 @@ NOTES = (
     "The paper gives the network, 50,000 steps of 60 examples, sigmoid units, binary input and Gaussian initial "
     "weights. It gives no learning rate, initial scale, threshold of the binary input, epsilon, or constant of the "
     "running average.",
+    "Default learning rate and initial scale: the middle of the sweep's grid on both axes (rates .01 .1 .5 1 2; "
+    "scales .05 .1 1), fixed before anything was trained. The sweep shows every other point.",
     "Optimizer: plain SGD on the mean cross-entropy, without momentum, weight decay or schedule. Biases begin at 0.",
     "Both arms of a seed begin with the same weights and see the same batches: a shuffle per epoch.",
     "Test accuracy uses population statistics, never those of the test batch: running averages along the training, and "
@@ -231,7 +233,7 @@ def train_all(
     training_seconds = time.perf_counter() - started
     steps = {name: (job[2].steps, len(job[1])) for name, job in jobs.items()}
     arms = {name: describe_timing(timings[name], *steps[name]) for name in jobs}
-    write_json(folder / "timing.json", {"training_seconds": round(training_seconds, 2), "arms": arms})
+    write_json(folder / TIMING, {"training_seconds": round(training_seconds, 2), "arms": arms})
     rows = [row for name in jobs for row in read_rows(folder / WORK / f"{name}.jsonl")]
     return sorted(rows, key=lambda row: (row["arm"], row["seed"], row["step"]))
 

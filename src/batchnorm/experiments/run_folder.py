@@ -13,6 +13,7 @@ from batchnorm.files import remove_temporary, write_atomic, write_json
 
 CONFIG = "config.json"
 CLAIMS = "claims.json"
+TIMING = "timing.json"
 LOCK = ".lock"
 # Metrics and checkpoints of the tasks while they are trained
 WORK = "work"

@@ -1,0 +1,98 @@
+"""What the README and the docs say was measured is what the committed records hold."""
+
+import json
+from pathlib import Path
+
+from batchnorm.experiments.mnist import INIT_STDS, LEARNING_RATES, Options
+from batchnorm.report import write_report
+
+ROOT = Path(__file__).parents[1]
+MNIST = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu"
+SWEEP = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-sweep"
+
+
+def record(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def claims_table() -> str:
+    lines = ["| claim | here, mean and 95 % interval over 3 paired seeds | verdict |", "|---|---|---|"]
+    for claim in record(MNIST, "claims.json")["claims"]:
+        measured = f"{claim['mean']:.2f} ({claim['low']:.2f} to {claim['high']:.2f}) {claim['unit']}"
+        lines.append(f"| {claim['statement']} | {measured} | {claim['verdict']} |")
+    return "\n".join(lines)
+
+
+def cost_sentence() -> str:
+    timing = record(MNIST, "timing.json")
+    plain, bn = (timing["arms"][arm] for arm in ("plain", "bn"))
+    costs = [sum(arm["step_microseconds"].values()) / arm["networks"] for arm in (plain, bn)]
+    return (
+        f"Training took {timing['training_seconds']:.0f} s on two cores. "
+        f"A step of one network costs {costs[0]:.0f} us\nwithout BN and {costs[1]:.0f} us with."
+    )
+
+
+def accuracy_sentence() -> str:
+    rows = [json.loads(line) for line in (MNIST / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["step"] == Options.steps]
+
+    def mean(arm: str, field: str) -> float:
+        values = [row[field] for row in last if row["arm"] == arm]
+        return sum(values) / len(values)
+
+    return (
+        f"Test accuracy after {Options.steps:,} steps: {mean('plain', 'test_accuracy'):.2%} without BN, "
+        f"{mean('bn', 'test_accuracy'):.2%} with BN by its running\n"
+        f"averages, {mean('bn', 'test_accuracy_population'):.2%} by the population statistics of Algorithm 2."
+    )
+
+
+def sweep_table() -> str:
+    points = {(p["init_std"], p["learning_rate"]): p["arms"] for p in record(SWEEP, "sweep.json")["points"]}
+    lines = ["| scale | learning rate | without BN | with BN |", "|---|---|---|---|"]
+    for std in INIT_STDS:
+        for rate in LEARNING_RATES:
+            plain, bn = (points[std, rate][arm]["mean"] for arm in ("plain", "bn"))
+            lines.append(f"| {std:g} | {rate:g} | {plain:.2%} | {bn:.2%} |")
+    return "\n".join(lines)
+
+
+def test_readme_states_the_recorded_claims():
+    assert claims_table() in (ROOT / "README.md").read_text(), claims_table()
+
+
+def test_readme_states_the_recorded_accuracies_and_costs():
+    readme = (ROOT / "README.md").read_text()
+    assert accuracy_sentence() in readme, accuracy_sentence()
+    assert cost_sentence() in readme, cost_sentence()
+
+
+def test_docs_state_the_recorded_sweep():
+    assert sweep_table() in (ROOT / "docs/mnist.md").read_text(), sweep_table()
+
+
+def test_defaults_are_the_middle_of_the_sweep():
+    middle = (LEARNING_RATES[len(LEARNING_RATES) // 2], INIT_STDS[len(INIT_STDS) // 2])
+    assert (Options.learning_rate, Options.init_std) == middle
+
+
+def test_record_was_made_with_the_defaults():
+    options = record(MNIST, "config.json")["options"]
+    assert options == json.loads(json.dumps(vars(Options())))
+
+
+def test_readme_shows_a_figure_that_exists():
+    figure = (MNIST / "figure1.png").relative_to(ROOT).as_posix()
+    assert f"({figure})" in (ROOT / "README.md").read_text()
+    assert (ROOT / figure).is_file()
+
+
+def test_committed_pages_are_those_of_their_records(tmp_path):
+    for folder in (MNIST, SWEEP):
+        copy = tmp_path / folder.name
+        copy.mkdir()
+        for path in folder.glob("*.json*"):
+            (copy / path.name).write_bytes(path.read_bytes())
+        write_report(copy)
+        assert (copy / "report.html").read_bytes() == (folder / "report.html").read_bytes()
