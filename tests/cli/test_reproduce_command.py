@@ -82,10 +82,28 @@ def test_options_reach_the_experiment(calls: list[dict[str, Any]]):
         *("--init-std", 0, "--threads", 5, "--data", "files", "--force"),
     )
     (call,) = calls
-    expected = Options(steps=70, seeds=(0, 1, 2, 3, 4), input="gray", learning_rate=0.25, init_std=0.0)
+    expected = Options(steps=70, seeds=(0, 1, 2, 3, 4), input="gray", learning_rate=0.25, init_std=0.0, stacks=2)
     assert call["options"] == expected
     assert (call["folder"], call["data_folder"], call["workers"]) == (Path("a"), Path("files"), 5)
     assert (call["force"], call["resume"]) == (True, False)
+
+
+@pytest.mark.parametrize(("threads", "stacks"), [(1, 1), (2, 1), (3, 1), (4, 2), (6, 3), (64, 3)])
+def test_seeds_are_spread_over_the_cores(calls: list[dict[str, Any]], threads: int, stacks: int):
+    mnist("--threads", threads, "--out", "a")
+    assert calls[0]["options"].stacks == stacks
+
+
+def test_a_resumed_run_keeps_its_stacks_on_other_cores(calls: list[dict[str, Any]]):
+    mnist("--threads", 6, "--out", "a")
+    mnist("--threads", 1, "--out", "a", "--resume")
+    assert [(call["options"].stacks, call["workers"]) for call in calls] == [(3, 6), (3, 1)]
+
+
+@pytest.mark.parametrize("option", ["--learning-rate", "--init-std"])
+def test_a_sweep_refuses_a_point_of_its_grid(option: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["reproduce", "mnist", "--sweep", option, "1"]) == 2
+    assert "--sweep trains its own grid" in capsys.readouterr().err
 
 
 def test_quick_is_few_steps_and_seeds_unless_they_are_given(calls: list[dict[str, Any]]):

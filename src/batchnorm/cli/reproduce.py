@@ -1,5 +1,6 @@
 """``batchnorm reproduce``."""
 
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from batchnorm.cli.progress import Progress
 from batchnorm.environment import usable_cpus
 from batchnorm.experiments.data.mnist import INPUTS
 from batchnorm.experiments.mnist import Options, reproduce_mnist
+from batchnorm.experiments.mnist_claims import ARMS
 from batchnorm.experiments.mnist_sweep import sweep_mnist
 from batchnorm.experiments.run_folder import CONFIG, TIMING, default_folder, latest_folder, read_record
 from batchnorm.report import verdict_table, write_report
@@ -86,11 +88,14 @@ def mnist(
         raise click.UsageError("--sweep trains its own grid: leave out --learning-rate and --init-std.")
     folder = out or (latest_folder("mnist") if resume else default_folder("mnist"))
     recorded = recorded_options(folder) if resume else {}
+    workers = threads or usable_cpus()
     options = choose_options(ctx, recorded, seeds, quick)
     run = sweep_mnist if sweep or recorded.get("sweep") else reproduce_mnist
+    if run is reproduce_mnist and options.device == "cpu":
+        stacks = recorded.get("stacks") or max(1, min(len(options.seeds), workers // len(ARMS)))
+        options = dataclasses.replace(options, stacks=stacks)
     if importlib.util.find_spec("matplotlib") is None:
         click.echo("matplotlib is not installed, so there will be no figures: pip install 'batchnorm[plots]'", err=True)
-    workers = threads or usable_cpus()
     try:
         with Progress(options.steps) as progress:
             record = run(

@@ -55,7 +55,11 @@ NOTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The settings of a run. The paper states input, hidden, steps and batch_size, and leaves the rest open."""
+    """The settings of a run. The paper states input, hidden, steps and batch_size, and leaves the rest open.
+
+    ``stacks`` is how many processes share the seeds of an arm. Matrix products of other stacks round differently, so
+    it belongs to what determines the numbers.
+    """
 
     steps: int = 50_000
     batch_size: int = 60
@@ -67,6 +71,7 @@ class Options:
     momentum: float = 0.1
     eps: float = 1e-5
     device: str = "cpu"
+    stacks: int = 1
 
 
 class MnistTask:
@@ -184,7 +189,7 @@ def reproduce_mnist(
         options: the settings.
         folder: of the run: config, environment, metrics, timing, claims and final checkpoints (safetensors).
         data_folder: the user's own MNIST files; None for the bundled ones.
-        workers: processes of one thread each. They change the time, not the numbers of a given ``options``.
+        workers: processes of one thread each. They change the time, not the numbers of given ``options``.
         resume: continue a stopped run, bit for bit.
         force: delete an earlier run in the folder.
         on_progress: called with a job's name and its finished steps.
@@ -205,11 +210,27 @@ def reproduce_mnist(
     }
     with open_run(folder, config, resume=resume, force=force) as record:
         if record is None:
-            jobs = {arm: (arm, list(options.seeds), options, data_folder) for arm in ARMS}
+            jobs = {
+                f"{arm}-{i}" if options.stacks > 1 else arm: (arm, arm, seeds, options, data_folder)
+                for arm in ARMS
+                for i, seeds in enumerate(split_evenly(options.seeds, options.stacks))
+            }
             rows = train_all(jobs, folder, workers, on_progress)
             claims, unit = figure1_claims(rows, options.seeds, grid_steps(options.steps))
             record = finish_run(folder, rows, claims_record("mnist", claims, unit_drawn=unit))
     return record
+
+
+def split_evenly(seeds: tuple[int, ...], parts: int) -> list[list[int]]:
+    """The seeds in order, in parts that differ by one at most, larger ones first.
+
+    Example:
+        >>> split_evenly((0, 1, 2), 2)
+        [[0, 1], [2]]
+    """
+    size, larger = divmod(len(seeds), parts)
+    ends = [size * (i + 1) + min(i + 1, larger) for i in range(parts)]
+    return [list(seeds[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def check_inputs(options: Options, data_folder: Path | None) -> None:
@@ -231,15 +252,17 @@ def train_all(
     arguments = [(name, (name, *job, folder)) for name, job in jobs.items()]
     timings = run_jobs(train_job, arguments, workers=workers, on_progress=on_progress)
     training_seconds = time.perf_counter() - started
-    steps = {name: (job[2].steps, len(job[1])) for name, job in jobs.items()}
-    arms = {name: describe_timing(timings[name], *steps[name]) for name in jobs}
+    arms: dict[str, dict[str, Any]] = {}
+    for name, (label, _, seeds, options, _) in jobs.items():
+        # the first stack of an arm is its largest
+        arms.setdefault(label, describe_timing(timings[name], options.steps, len(seeds)))
     write_json(folder / TIMING, {"training_seconds": round(training_seconds, 2), "arms": arms})
     rows = [row for name in jobs for row in read_rows(folder / WORK / f"{name}.jsonl")]
     return sorted(rows, key=lambda row: (row["arm"], row["seed"], row["step"]))
 
 
 def train_job(
-    name: str, arm: str, seeds: list[int], options: Options, data_folder: Path | None, folder: Path
+    name: str, label: str, arm: str, seeds: list[int], options: Options, data_folder: Path | None, folder: Path
 ) -> Timing:
     """Train one stack in a worker and leave each network's final weights."""
     task = MnistTask(name, arm, seeds, options, load_mnist(data_folder, options.input))
@@ -248,7 +271,7 @@ def train_job(
     timing = train(task, folder / WORK, on_progress=report, should_stop=should_stop)
     (folder / "checkpoints").mkdir(exist_ok=True)
     for i, seed in enumerate(seeds):
-        write_atomic(folder / "checkpoints" / f"{name}-seed{seed}.safetensors", save(task.model.network_state(i)))
+        write_atomic(folder / "checkpoints" / f"{label}-seed{seed}.safetensors", save(task.model.network_state(i)))
     return timing
 
 

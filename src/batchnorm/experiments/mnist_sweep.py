@@ -42,9 +42,10 @@ def sweep_mnist(
     with open_run(folder, config, resume=resume, force=force) as record:
         if record is None:
             jobs = {
-                f"{arm}-lr{point.learning_rate}-std{point.init_std}": (arm, list(options.seeds), point, data_folder)
+                label: (label, arm, list(options.seeds), point, data_folder)
                 for point in points
                 for arm in ARMS
+                for label in [f"{arm}-lr{point.learning_rate}-std{point.init_std}"]
             }
             rows = train_all(jobs, folder, workers, on_progress)
             for row in rows:
