@@ -330,3 +330,30 @@ def test_normalization_inside_the_gradient_keeps_the_bias():
     b = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     loss = (reference.batch_norm_train(u + b, eps=EPS).output - target).square().mean()
     torch.testing.assert_close(torch.autograd.grad(loss, b), (torch.zeros(1).double(),))
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (60, 100)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e6])
+def test_whitening_of_fewer_examples_than_features_is_finite(shape: tuple[int, int], scale: float):
+    x = torch.randn(shape, dtype=torch.float64) * scale
+    assert reference.whiten(x, 1e-5).isfinite().all()
+    assert reference.whiten_backward(torch.randn_like(x), x, 1e-5).isfinite().all()
+    assert reference.whiten(x.float(), 1e-5).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backward", [reference.batch_norm_backward, reference.batch_norm_backward_simplified])
+def test_backward_of_half_precision_is_computed_in_float32(dtype: torch.dtype, backward):
+    # the variance is 9e4, beyond float16
+    x, grad_output = (torch.randn(64, 2) * 300).to(dtype), torch.randn(64, 2).to(dtype)
+    weight = torch.ones(2, dtype=dtype)
+    expected = backward(grad_output.double(), x.double(), weight.double(), 1e-5)
+    torch.testing.assert_close(
+        backward(grad_output, x, weight, 1e-5), expected, check_dtype=False, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_pooled_statistics_of_large_counts_in_float16_do_not_overflow():
+    means, variances = [torch.full((1,), 2.0).half()] * 2, [torch.ones(1).half()] * 2
+    mean, var = reference.pooled_statistics(means, variances, [60_000, 60_000])
+    assert (mean.item(), var.item()) == (2.0, 1.0)

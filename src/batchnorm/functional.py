@@ -7,7 +7,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import reference
 from batchnorm._ops.batch_norm import seen_through, train
-from batchnorm._ops.checks import check_input, check_not_vmapped, check_per_channel, of_one_dtype, suits_torch
+from batchnorm._ops.checks import (
+    check_input,
+    check_momentum,
+    check_not_vmapped,
+    check_per_channel,
+    of_one_dtype,
+    suits_torch,
+)
 from batchnorm._ops.choice import choose
 from batchnorm._ops.dtypes import HALF
 from batchnorm.reference import TrainOutput, activate, values_per_channel
@@ -88,8 +95,7 @@ def batch_norm(
             activation=activation,
             implementation=implementation,
         )
-    if not isinstance(momentum, (int, float, Tensor)):
-        raise TypeError(f"momentum must be float, not {type(momentum).__name__}")
+    check_momentum(momentum)
     if not training:
         return batch_norm_inference(
             input,
@@ -102,8 +108,6 @@ def batch_norm(
             activation=activation,
             implementation=implementation,
         )
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
     return train_and_track(
         input, weight, bias, running_mean, running_var, momentum, residual, activation, eps, implementation
     )
@@ -122,13 +126,15 @@ def train_and_track(
     implementation: str,
 ) -> Tensor:
     """Normalize a mini-batch and move the running statistics, where there are any."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
     choice = choose(implementation, training=True)
     if choice.implementation == "aten" and not isinstance(momentum, Tensor) and not seen_through():
         check_input(input, residual, activation)
         if input.dtype not in HALF or suits_torch(weight, bias, running_mean, running_var):
             # torch updates in the same call, 60 us sooner in a network than operations of ours can. It also checks,
             # but a wrong bias only after the update
-            check_per_channel(input, weight=weight, bias=bias)
+            check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
             if momentum == 0:
                 running_mean = running_var = None
             z = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
@@ -258,6 +264,8 @@ def update_running_statistics(
         momentum: weight of the batch; a 0-dim tensor, such as 1 / num_batches_tracked, stays on its device.
     """
     _, mean, var, count = statistics
+    if running_mean.requires_grad or running_var.requires_grad:
+        raise RuntimeError("running_mean and running_var cannot require a gradient: they are updated in place")
     if count < 2 or (not isinstance(momentum, Tensor) and momentum == 0):
         return
     if running_mean.dtype != mean.dtype:

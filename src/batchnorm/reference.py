@@ -1,7 +1,8 @@
 r"""Batch Normalization in plain PyTorch: one function per equation of the paper.
 
 Read this file first. Every other implementation in the package is tested against it, in float64.
-All functions take any floating-point dtype and differentiate through autograd.
+All functions differentiate through autograd. Whole transforms compute float16 and bfloat16 in float32; single equations
+compute in the dtype they are given.
 
 Notation of the paper (Ioffe & Szegedy 2015, arXiv:1502.03167) and the names used in code:
 
@@ -167,11 +168,10 @@ def grad_batch_mean(
     r""":math:`\partial l / \partial \mu_B = \sum_i \partial l / \partial \hat x_i \cdot -1/\sqrt{\sigma_B^2 + \epsilon}
     + \partial l / \partial \sigma_B^2 \cdot \frac{1}{m} \sum_i -2 (x_i - \mu_B)`.
 
-    The second term is zero for any x; it is kept because the paper prints it.
+    The second term is zero for any x; the paper prints it.
     """
     dims, count = reduced_dims(centered), values_per_channel(centered)
-    through_normalized = -grad_normalized.sum(dims) * torch.rsqrt(var + eps)
-    return through_normalized + grad_batch_var * (-2 * centered).sum(dims) / count
+    return -grad_normalized.sum(dims) * torch.rsqrt(var + eps) + grad_batch_var * (-2 * centered).sum(dims) / count
 
 
 def grad_input(
@@ -198,10 +198,11 @@ def grad_bias(grad_output: Tensor) -> Tensor:
 def batch_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, eps: float) -> Gradients:
     """The six equations of section 3, in the paper's order.
 
-    ``grad_output`` and ``x`` have shape (N, C, *), ``weight`` (C,); ``eps`` is the forward pass's.
+    ``grad_output`` and ``x`` have shape (N, C, *), ``weight`` (C,); ``eps`` is the forward pass's. For half-precision
+    inputs the gradients come in float32.
     """
-    mean = batch_mean(x)
-    var = batch_var(x, mean)
+    grad_output, x, weight = widen(grad_output), widen(x), widen(weight)
+    mean, var = batch_mean(x), batch_var(x, batch_mean(x))
     d_normalized = grad_normalized(grad_output, weight)
     centered = x - per_channel(mean, x)
     d_var = grad_batch_var(d_normalized, centered, var, eps)
@@ -218,11 +219,10 @@ def batch_norm_backward_simplified(grad_output: Tensor, x: Tensor, weight: Tenso
         - \hat x_i \sum_j \frac{\partial l}{\partial y_j} \hat x_j \Big)
     """
     count = values_per_channel(x)
-    mean = batch_mean(x)
-    var = batch_var(x, mean)
+    grad_output, x, weight = widen(grad_output), widen(x), widen(weight)
+    mean, var = batch_mean(x), batch_var(x, batch_mean(x))
     normalized = normalize(x, mean, var, eps)
-    d_bias = grad_bias(grad_output)
-    d_weight = grad_weight(grad_output, normalized)
+    d_bias, d_weight = grad_bias(grad_output), grad_weight(grad_output, normalized)
     centered_grad = grad_output - per_channel(d_bias / count, x) - normalized * per_channel(d_weight / count, x)
     return Gradients(centered_grad * per_channel(weight * torch.rsqrt(var + eps), x), d_weight, d_bias)
 
@@ -266,9 +266,10 @@ def pooled_statistics(
         (tensor(2.), tensor(1.3333))
     """
     total = sum(counts)
-    mean = torch.stack([count * m for count, m in zip(counts, means, strict=True)]).sum(0) / total
-    squares = [count * (var + (m - mean).square()) for count, m, var in zip(counts, means, variances, strict=True)]
-    return mean, torch.stack(squares).sum(0) / (total - 1)
+    shares = [count / total for count in counts]
+    mean = torch.stack([share * m for share, m in zip(shares, means, strict=True)]).sum(0)
+    spread = [share * (var + (m - mean).square()) for share, m, var in zip(shares, means, variances, strict=True)]
+    return mean, torch.stack(spread).sum(0) * (total / (total - 1))
 
 
 def batch_norm_inference(
@@ -286,7 +287,7 @@ def batch_norm_inference(
 
     As :func:`batch_norm_train`, with ``mean`` and ``var`` of the population, shape (C,).
     """
-    z = scale_and_shift(normalize(widen(x), mean, var, eps), weight, bias)
+    z = scale_and_shift(normalize(widen(x), widen(mean), widen(var), eps), weight, bias)
     return activate(z, residual, activation).to(x.dtype)
 
 
@@ -318,7 +319,8 @@ def covariance(x: Tensor) -> Tensor:
 def inverse_sqrt(cov: Tensor, eps: float) -> Tensor:
     r""":math:`(\Sigma + \epsilon I)^{-1/2}` of a symmetric positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(cov)
-    return vectors * torch.rsqrt(values + eps) @ vectors.mT
+    # rounding makes eigenvalues of a singular covariance (m < d) slightly negative
+    return vectors * torch.rsqrt(values.clamp(min=0) + eps) @ vectors.mT
 
 
 def whiten(x: Tensor, eps: float) -> Tensor:
@@ -338,13 +340,11 @@ def whiten_backward(grad_output: Tensor, x: Tensor, eps: float) -> Tensor:
     The right-hand form of K has no difference in its denominator, so equal eigenvalues need no special case
     (divided differences: Daleckii & Krein 1965).
     """
-    count = x.shape[0]
     centered = x - batch_mean(x)
     values, vectors = torch.linalg.eigh(covariance(x))
-    s = torch.rsqrt(values + eps)
-    root = vectors * s @ vectors.mT
+    s = torch.rsqrt(values.clamp(min=0) + eps)
     divided_differences = -torch.outer(s, s) / (1 / s[:, None] + 1 / s[None, :])
-    grad_root = centered.mT @ grad_output
-    grad_cov = vectors @ (divided_differences * (vectors.mT @ grad_root @ vectors)) @ vectors.mT
-    grad_centered = grad_output @ root + centered @ (grad_cov + grad_cov.mT) / count
+    in_eigenbasis = vectors.mT @ (centered.mT @ grad_output) @ vectors
+    grad_cov = vectors @ (divided_differences * in_eigenbasis) @ vectors.mT
+    grad_centered = grad_output @ (vectors * s @ vectors.mT) + centered @ (grad_cov + grad_cov.mT) / x.shape[0]
     return grad_centered - grad_centered.mean(0)

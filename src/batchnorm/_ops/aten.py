@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm._ops.dtypes import as_dtype, statistics_dtype
-from batchnorm.reference import ACTIVATIONS, values_per_channel
+from batchnorm.reference import ACTIVATIONS, per_channel, values_per_channel
 
 aten = torch.ops.aten
 native_backward = aten.native_batch_norm_backward.default
@@ -110,5 +110,6 @@ def epilogue_(z: Tensor, residual: Tensor | None, activation: str | None) -> Ten
 
 def normalize_again(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
     """The value before residual and activation, computed again from the input instead of kept."""
-    # torch.batch_norm divides by sqrt(var + eps); with var = 1 / invstd^2 and eps = 0 that is invstd again
-    return torch.batch_norm(input, weight, bias, mean, invstd.pow(-2), False, 0.0, 0.0, False)
+    scale = invstd if weight is None else invstd * weight
+    z = (input - per_channel(mean, input)).mul_(per_channel(scale, input))
+    return (z if bias is None else z.add_(per_channel(bias, input))).to(input.dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import reference
-from batchnorm._ops import aten
+from batchnorm._ops import aten, plain
 from batchnorm._ops.dtypes import as_dtype, statistics_dtype
 from batchnorm.errors import ImplementationError
 
@@ -38,7 +38,15 @@ lib.define(TRAIN_BACKWARD, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_co
 train_op = torch.ops.batchnorm.batch_norm_train.default
 train_backward_op = torch.ops.batchnorm.batch_norm_train_backward.default
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten, "reference": plain}
+
+
+def implementation_named(name: str) -> ModuleType:
+    if name not in IMPLEMENTATIONS:
+        raise ImplementationError(
+            f"no implementation {name!r} of the operator: expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    return IMPLEMENTATIONS[name]
 
 
 def train_forward(
@@ -50,7 +58,7 @@ def train_forward(
     activation: str | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return IMPLEMENTATIONS[implementation].train_forward(input, weight, bias, residual, eps, activation)
+    return implementation_named(implementation).train_forward(input, weight, bias, residual, eps, activation)
 
 
 def train_backward(
@@ -65,7 +73,7 @@ def train_backward(
     activation: str | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *grads, grad_z = IMPLEMENTATIONS[implementation].train_backward(
+    *grads, grad_z = implementation_named(implementation).train_backward(
         grad_output, input, weight, bias, residual, mean, invstd, eps, activation
     )
     apart = residual is not None and activation is not None

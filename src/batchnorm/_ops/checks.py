@@ -1,5 +1,7 @@
 """Checks of the arguments: torch's kinds of errors, with the values in them, before anything is changed."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ def check_input(input: Tensor, residual: Tensor | None, activation: str | None) 
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{input.dtype}'")
     if activation is not None:
         check_activation(activation)
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be Tensor, not {type(residual).__name__}")
     if residual is not None and (
         residual.shape != input.shape or residual.dtype != input.dtype or residual.device != input.device
     ):
@@ -23,6 +27,17 @@ def check_input(input: Tensor, residual: Tensor | None, activation: str | None) 
             f"residual should have the size, dtype and device of the input: expected {tuple(input.shape)} "
             f"{input.dtype} {input.device}, got {tuple(residual.shape)} {residual.dtype} {residual.device}"
         )
+
+
+def check_momentum(momentum: object) -> None:
+    if isinstance(momentum, Tensor):
+        if momentum.dim() or momentum.requires_grad:
+            raise TypeError(
+                f"momentum must be a number or a 0-dim tensor without gradient, not a tensor of shape "
+                f"{tuple(momentum.shape)} with requires_grad={momentum.requires_grad}"
+            )
+    elif not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum must be float, not {type(momentum).__name__}")
 
 
 def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:

@@ -14,9 +14,10 @@ from batchnorm.functional import batch_norm_inference, train_and_track
 class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three layers share: everything but the check of the number of dimensions."""
 
-    activation: str | None
-    implementation: str
-    last_choice: Choice | None
+    # defaults for a torch layer whose __class__ is set to ours
+    activation: str | None = None
+    implementation: str = "auto"
+    last_choice: Choice | None = None
 
     def __init__(
         self,
@@ -44,6 +45,8 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input``, add ``residual`` of the same shape, apply the activation."""
+        if not isinstance(input, Tensor):
+            return self.traced(input, residual)
         self._check_input_dim(input)
         by_batch = self.normalizes_by_batch
         choice = choose(self.implementation, training=by_batch)
@@ -61,7 +64,7 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 eps=self.eps,
                 implementation=choice.implementation,
             )
-        tracks = self.training and self.track_running_stats and self.running_mean is not None
+        tracks = self.training and self.track_running_stats
         momentum: float | Tensor | None = self.momentum
         if momentum is None:
             momentum = self.cumulative_momentum() if tracks else 0.0
@@ -77,9 +80,17 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.eps,
             choice.implementation,
         )
-        if tracks and self.num_batches_tracked is not None and input.numel():
+        if tracks and self.running_mean is not None and self.num_batches_tracked is not None and input.numel():
             self.num_batches_tracked.add_(1)
         return output
+
+    def traced(self, input: Any, residual: Any) -> Any:
+        """One ``call_module`` node in a graph of torch.fx, as torch.nn's layers are."""
+        if not isinstance(input, torch.fx.Proxy):
+            raise TypeError(f"input must be Tensor, not {type(input).__name__}")
+        tracer = input.tracer
+        arguments = (input,) if residual is None else (input, residual)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})  # pyright: ignore[reportAttributeAccessIssue]
 
     def cumulative_momentum(self) -> Tensor | float:
         """The weight that makes the running statistics the average over all batches, this one included."""
@@ -134,7 +145,8 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     - ``momentum=0.0`` keeps the running statistics even if the batch holds inf or NaN;
     - running statistics in half precision are updated in float32 before they are rounded;
     - ``torch.jit.script`` is not supported (``torch.jit.trace``, ``torch.export`` and ``torch.compile`` are);
-    - ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``torch.nn.utils.fusion`` know nothing of ``activation``.
+    - ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``torch.nn.utils.fusion`` know nothing of ``activation`` and
+      ``residual``, and ``torch.ao.quantization.fuse_modules`` only of torch's own classes.
 
     Source:
         Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for the convolutional form.

@@ -68,7 +68,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, estimator: str = "po
         :class:`Recalibration`.
 
     Raises:
-        ValueError: an unknown estimator, no BN layer with running statistics, or an empty loader.
+        ValueError: an unknown estimator, no BN layer with running statistics, an empty loader, or inf or NaN in the
+            input of a layer.
 
         Whatever is raised, by the loader or the model too, statistics, modes and hooks are as before.
 
@@ -87,7 +88,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, estimator: str = "po
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BatchNorm) and module.running_mean is not None
+        if isinstance(module, BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
     if not layers:
         raise ValueError("the model has no batch normalization layer with running statistics")
@@ -98,9 +99,12 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, estimator: str = "po
             batches += 1
     if batches == 0:
         raise ValueError("the loader yielded nothing, so the running statistics stay as they were")
-    for name, measured in moments.items():
-        if measured.count:
-            store(layers[name], *measured.estimate(estimator), measured.batches)
+    estimates = {name: measured.estimate(estimator) for name, measured in moments.items() if measured.count}
+    for name, (mean, var) in estimates.items():
+        if not (mean.isfinite().all() and var.isfinite().all()):
+            raise ValueError(f"layer {name!r} received inf or NaN, so the running statistics stay as they were")
+    for name, (mean, var) in estimates.items():
+        store(layers[name], mean, var, moments[name].batches)
     counts = {name: measured.count for name, measured in moments.items() if measured.count}
     return Recalibration(counts, [name for name in layers if name not in counts])
 
