@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv, on a machine that has python3.11 or newer and pip.
-PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,13 +21,15 @@ lint: $(VENV)/installed-dev  ## style, types and the direction of imports
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "batchnorm needs Python 3.11 or newer; none was found. Try: make PYTHON=/path/to/python3"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 2; }
 
 $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV): PyTorch is large, this may take some minutes"
 	$(PIP_INSTALL) --editable '.[plots]'
 	@touch $@
 
 $(VENV)/installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV): PyTorch is large, this may take some minutes"
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/installed
 

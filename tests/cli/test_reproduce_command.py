@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def experiment(options: Options, folder: Path, **arguments: Any) -> dict[str, Any]:
             calls.append({"name": name, "options": options, "folder": folder, **arguments})
             grid = {"learning_rate": [0.1, 1.0], "init_std": [0.1], "sweep": True} if name == "sweep" else {}
-            config = {"experiment": "mnist", "options": {**vars(options), **grid}}
+            config = {"schema_version": 1, "experiment": "mnist", "options": {**vars(options), **grid}}
             with open_run(folder, config, resume=arguments["resume"], force=arguments["force"]):
                 write_json(folder / "timing.json", TIMING)
                 return RECORD
@@ -228,6 +228,32 @@ def test_the_exit_status_is_the_verdict(calls, monkeypatch: pytest.MonkeyPatch, 
     assert mnist("--out", "a") == status
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", "abc", "steps: 'abc' is not"),
+        ("learning_rate", -3, "learning_rate: -3"),
+        ("seeds", 5, "list of seeds"),
+    ],
+)
+def test_resume_of_an_edited_configuration_is_one_line(calls, capsys, name: str, value: object, message: str):
+    mnist("--out", "a")
+    config = json.loads(Path("a/config.json").read_text())
+    config["options"][name] = value
+    Path("a/config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert mnist("--out", "a", "--resume") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert "choose another --out" in line.lower()
+
+
+def test_resume_of_a_sweep_refuses_a_point_of_its_grid(calls, capsys):
+    mnist("--sweep", "--out", "a")
+    assert mnist("--out", "a", "--resume", "--learning-rate", 1) == 2
+    assert "--sweep trains its own grid" in capsys.readouterr().err
+
+
 def test_an_existing_run_is_refused(calls, capsys):
     mnist("--out", "a")
     capsys.readouterr()
@@ -256,6 +282,6 @@ def test_without_matplotlib_there_is_a_warning_first_and_still_a_verdict(
     assert mnist("--out", "a") == 0
     captured = capsys.readouterr()
     first, *_, last = captured.err.splitlines()
-    assert first == "matplotlib is not installed, so there will be no figures: pip install 'batchnorm[plots]'"
+    assert first == "matplotlib is not installed, so there will be no figures: pip install matplotlib"
     assert last == "the evidence is in a"
     assert captured.out == "no claims\n"

@@ -155,7 +155,7 @@ def test_without_matplotlib_a_run_warns_first_and_still_gives_verdicts(other_opt
     done, folder = other_options
     assert done.returncode in (0, 1), done.stderr
     lines = done.stderr.splitlines()
-    assert lines[0] == "matplotlib is not installed, so there will be no figures: pip install 'batchnorm[plots]'"
+    assert lines[0] == "matplotlib is not installed, so there will be no figures: pip install matplotlib"
     assert "of 3 claims reproduced" in done.stdout
     assert names(folder) == RECORDS
 

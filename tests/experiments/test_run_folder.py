@@ -28,6 +28,7 @@ def finish(folder: Path, **flags: bool) -> None:
     with open_run(folder, CONFIG, **{"resume": False, "force": False, **flags}) as record:
         assert record is None
         (folder / "work").mkdir(exist_ok=True)
+        (folder / "timing.json").write_text("{}")
         finish_run(folder, [{"step": 1}], CLAIMS)
 
 
@@ -89,7 +90,7 @@ def test_resume_cleans_up_after_a_run_killed_just_after_its_claims(tmp_path: Pat
     (tmp_path / "work" / "bn.checkpoint").touch()
     (tmp_path / ".claims.json.abc.tmp").touch()
     assert enter(tmp_path, resume=True) == CLAIMS
-    assert names(tmp_path) == [".lock", "claims.json", "config.json", "metrics.jsonl"]
+    assert names(tmp_path) == [".lock", "claims.json", "config.json", "metrics.jsonl", "timing.json"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_resume_of_a_missing_folder_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "config.json: expected the JSON record of a run, but"), ("[]", "JSON record of a run, found list")],
+    [("{", "config.json: expected the JSON record of a run, but"), ("[]", "expected a JSON object, found list")],
 )
 @pytest.mark.parametrize("flag", ["resume", "force"])
 def test_a_broken_configuration_is_refused(run: Path, flag: str, text: str, message: str):
@@ -138,14 +139,44 @@ def test_a_broken_configuration_is_refused(run: Path, flag: str, text: str, mess
 def test_a_folder_of_other_files_is_never_taken_or_deleted(tmp_path: Path, flag: str):
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / ".bashrc").touch()
-    with pytest.raises(RunError, match=r"is not the folder of a run, so --force does not|holds '\.bashrc' but no"):
+    with pytest.raises(
+        RunError, match=r"holds '\.bashrc', which no run writes, so --force does not|holds '\.bashrc' but no"
+    ):
         enter(tmp_path, **{flag: True})
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "timing.json", "claims.json"])
+def test_a_run_that_lost_a_record_is_not_finished(tmp_path: Path, missing: str):
+    finish(tmp_path)
+    (tmp_path / missing).unlink()
+    assert enter(tmp_path, resume=True) is None
+
+
+def test_force_deletes_no_file_that_a_run_does_not_write(run: Path):
+    (run / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"holds 'thesis\.tex', which no run writes, so --force does not delete it"):
+        enter(run, force=True)
+    assert names(run) == [".lock", "config.json", "thesis.tex"]
+
+
+def test_force_does_not_follow_a_link(run: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(RunError, match="link: is not a folder itself"):
+        enter(tmp_path / "link", force=True)
+    assert names(run) == [".lock", "config.json"]
+
+
+def test_force_takes_what_a_run_killed_at_its_start_left(tmp_path: Path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.abc.tmp").touch()
+    assert enter(tmp_path, force=True) is None
+    assert names(tmp_path) == [".lock", "config.json"]
+
+
 def test_force_does_not_delete_a_folder_with_some_other_configuration(tmp_path: Path):
-    (tmp_path / "config.json").write_text('{"editor": "vi"}')
-    with pytest.raises(RunError, match="is not the folder of a run, so --force does not delete it"):
+    (tmp_path / "config.json").write_text('{"editor": "vi", "experiment": "mine"}')
+    with pytest.raises(RunError, match=r"has no config\.json of a run, so --force does not delete it"):
         enter(tmp_path, force=True)
     assert names(tmp_path) == ["config.json"]
 

@@ -202,3 +202,9 @@ def test_a_full_disk_stops_with_an_os_error_and_resumes_bit_for_bit(
     train(task, tmp_path)
     assert (bits(task), metrics(tmp_path)) == expected
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_checkpoint_made_with_other_settings_is_refused(tmp_path: Path):
+    train(TinyTask(steps=40), tmp_path)
+    with pytest.raises(RunError, match="made with other settings than adam, 60 steps; start over with --force"):
+        train(TinyTask(steps=60), tmp_path)

@@ -20,6 +20,7 @@ class TinyTask:
     def __init__(self, optimizer: str = "adam", steps: int = 40, every: int = 7, name: str = "tiny") -> None:
         torch.manual_seed(1)
         self.name, self.steps = name, steps
+        self.settings = f"{optimizer}, {steps} steps"
         self.evaluation_steps = {*range(0, steps, every), steps}
         self.model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())

@@ -1,5 +1,6 @@
 """The ``batchnorm`` command: which commands there are, and how each kind of failure ends."""
 
+import contextlib
 import importlib
 import sys
 import traceback
@@ -65,15 +66,21 @@ def run(arguments: list[str] | None = None) -> int:
         show(error)
         return ERROR
     except (BatchNormError, OSError) as error:
-        click.echo(f"batchnorm: {error}", err=True)
+        say(f"batchnorm: {error}")
         return ERROR
     except SystemExit:
         # click and rich end with status 1 when the reader of standard output has gone
         return ERROR
     except Exception:
         traceback.print_exc()
-        click.echo("batchnorm: this is a fault of batchnorm; please report it with the lines above", err=True)
+        say("batchnorm: this is a fault of batchnorm; please report it with the lines above")
         return ERROR
+
+
+def say(message: str) -> None:
+    """A line on standard error; where nobody reads it, the exit status still tells."""
+    with contextlib.suppress(OSError):
+        click.echo(message, err=True)
 
 
 def show(error: click.ClickException) -> None:
@@ -83,4 +90,4 @@ def show(error: click.ClickException) -> None:
     if "\n" in message or context is None:
         error.show()
     else:
-        click.echo(f"{context.command_path}: {message} See {context.command_path} --help.", err=True)
+        say(f"{context.command_path}: {message} See {context.command_path} --help.")

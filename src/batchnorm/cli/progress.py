@@ -1,5 +1,6 @@
 """Live progress with the time left on a terminal; a plain line now and then elsewhere. On standard error."""
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -59,7 +60,9 @@ class Progress:
         elif now - self.printed >= LINE_SECONDS:
             self.printed = now
             running = [name for name, done in self.done.items() if done < self.steps]
-            click.echo("; ".join(self.line(name, now) for name in running or [job]), err=True)
+            # nobody may be reading any more, which is no reason to stop training
+            with contextlib.suppress(OSError):
+                click.echo("; ".join(self.line(name, now) for name in running or [job]), err=True)
 
     def line(self, job: str, now: float) -> str:
         rate = self.rate(job, now)

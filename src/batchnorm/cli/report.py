@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from batchnorm.report import load_run, verdict_table, write_report
+from batchnorm.cli.verdicts import print_verdicts
+from batchnorm.report import load_run, write_report
 
 
 @click.command()
@@ -13,6 +13,6 @@ from batchnorm.report import load_run, verdict_table, write_report
 def report(folder: Path) -> None:
     """Rebuild the figures and the page of the run in FOLDER from its data, and show its verdicts."""
     paths = write_report(folder)
-    Console().print(verdict_table(load_run(folder).claims))
+    print_verdicts(load_run(folder).claims)
     for path in paths:
         click.echo(f"wrote {path}", err=True)

@@ -3,27 +3,29 @@
 import dataclasses
 import importlib.util
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 from batchnorm.cli.progress import Progress
+from batchnorm.cli.verdicts import print_verdicts
 from batchnorm.environment import usable_cpus
+from batchnorm.errors import RunError
 from batchnorm.experiments.data.mnist import INPUTS
 from batchnorm.experiments.mnist import Options, reproduce_mnist
 from batchnorm.experiments.mnist_claims import ARMS
 from batchnorm.experiments.mnist_sweep import sweep_mnist
 from batchnorm.experiments.run_folder import CONFIG, TIMING, default_folder, latest_folder, read_record
-from batchnorm.report import verdict_table, write_report
+from batchnorm.report import write_report
 
 QUICK_STEPS = 1000
 QUICK_SEEDS = 2
 GRID = ("learning_rate", "init_std")
-# Arms whose speed is printed; those of a sweep are in its page
+# Arms whose speed is printed; those of a sweep are in its timing.json
 MOST_RATES = 8
 # Options of the command that are fields of the configuration, so that --resume can take them from the run
 CONFIGURED = ("steps", "input", "learning_rate", "init_std", "device")
@@ -84,18 +86,19 @@ def mnist(
     """
     if resume and force:
         raise click.UsageError("--resume continues a run and --force deletes it: give one of them")
+    folder = out or (latest_folder("mnist") if resume else default_folder("mnist"))
+    recorded = recorded_options(ctx, folder) if resume else {}
+    sweep = sweep or bool(recorded.get("sweep"))
     if sweep and any(ctx.get_parameter_source(name) is not ParameterSource.DEFAULT for name in GRID):
         raise click.UsageError("--sweep trains its own grid: leave out --learning-rate and --init-std.")
-    folder = out or (latest_folder("mnist") if resume else default_folder("mnist"))
-    recorded = recorded_options(folder) if resume else {}
     workers = threads or usable_cpus()
     options = choose_options(ctx, recorded, seeds, quick)
-    run = sweep_mnist if sweep or recorded.get("sweep") else reproduce_mnist
+    run = sweep_mnist if sweep else reproduce_mnist
     if run is reproduce_mnist and options.device == "cpu":
         stacks = recorded.get("stacks") or max(1, min(len(options.seeds), workers // len(ARMS)))
         options = dataclasses.replace(options, stacks=stacks)
     if importlib.util.find_spec("matplotlib") is None:
-        click.echo("matplotlib is not installed, so there will be no figures: pip install 'batchnorm[plots]'", err=True)
+        click.echo("matplotlib is not installed, so there will be no figures: pip install matplotlib", err=True)
     try:
         with Progress(options.steps) as progress:
             record = run(
@@ -108,15 +111,30 @@ def mnist(
                 on_progress=progress.update,
             )
     except KeyboardInterrupt:
-        click.echo(f"stopped; nothing is lost: batchnorm reproduce mnist --resume --out {folder}", err=True)
+        click.echo(
+            f"stopped; nothing is lost: batchnorm reproduce mnist --resume --out {shlex.quote(str(folder))}", err=True
+        )
         raise
     return show(record, folder)
 
 
-def recorded_options(folder: Path) -> dict[str, Any]:
-    """The options of the run to resume; none from a folder without a configuration, which is refused later."""
-    recorded = read_record(folder / CONFIG).get("options") if (folder / CONFIG).exists() else None
-    return recorded if isinstance(recorded, dict) else {}
+def recorded_options(ctx: click.Context, folder: Path) -> dict[str, Any]:
+    """The options of the run to resume, checked; none from a folder without a configuration, which is refused later."""
+    path = folder / CONFIG
+    recorded = read_record(path).get("options") if path.exists() else {}
+    if not isinstance(recorded, dict):
+        raise RunError(f"{path}: expected options, found {recorded!r}; choose another --out")
+    seeds = recorded.get("seeds", [0])
+    if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+        raise RunError(f"{path}: expected a list of seeds, found {seeds!r}; choose another --out")
+    for param in ctx.command.params:
+        value = recorded.get(str(param.name))
+        if param.name in CONFIGURED and value is not None and not (recorded.get("sweep") and param.name in GRID):
+            try:
+                param.type_cast_value(ctx, value)
+            except click.BadParameter as error:
+                raise RunError(f"{path}: {param.name}: {error.message} Choose another --out") from error
+    return recorded
 
 
 def choose_options(ctx: click.Context, recorded: dict[str, Any], seeds: int, quick: bool) -> Options:
@@ -147,7 +165,7 @@ def show(record: dict[str, Any], folder: Path) -> int:
         stacked = next(iter(timing["arms"].values()))["networks"]
         click.echo(f"{'; '.join(rates)}, each step for {stacked} networks at once", err=True)
     click.echo(f"training took {timing['training_seconds']:.0f} s", err=True)
-    Console().print(verdict_table(record["claims"]))
+    print_verdicts(record["claims"])
     page = next((path for path in paths if path.suffix == ".html"), folder)
     click.echo(f"the evidence is in {page}", err=True)
     return 0 if record["verdict"] == "reproduced" else 1

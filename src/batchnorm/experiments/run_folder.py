@@ -14,9 +14,14 @@ from batchnorm.files import remove_temporary, write_atomic, write_json
 CONFIG = "config.json"
 CLAIMS = "claims.json"
 TIMING = "timing.json"
+METRICS = "metrics.jsonl"
 LOCK = ".lock"
 # Metrics and checkpoints of the tasks while they are trained
 WORK = "work"
+# What a run leaves in its folder before its configuration stands
+OWN = (LOCK, f".{CONFIG}.")
+# What a run writes; --force deletes nothing else
+WRITTEN = ("*.json", "*.jsonl", "*.svg", "*.png", "report.html", "checkpoints", WORK, LOCK, ".*.tmp")
 
 
 @contextlib.contextmanager
@@ -54,7 +59,7 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool, force: bool)
                 refuse_strangers(folder)
                 write_json(folder / CONFIG, config)
             remove_temporary(folder)
-            finished = (folder / CLAIMS).exists()
+            finished = all((folder / name).exists() for name in (METRICS, TIMING, CLAIMS))
             if finished:
                 remove_work(folder)
             yield read_record(folder / CLAIMS) if finished else None
@@ -86,7 +91,7 @@ def locked(folder: Path) -> Iterator[None]:
 def finish_run(folder: Path, rows: list[dict[str, Any]], claims: dict[str, Any]) -> dict[str, Any]:
     """Write metrics and claims; with ``claims.json`` the run is complete, and the working files go."""
     lines = [json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows]
-    write_atomic(folder / "metrics.jsonl", "".join(lines).encode())
+    write_atomic(folder / METRICS, "".join(lines).encode())
     write_json(folder / CLAIMS, claims)
     remove_work(folder)
     return claims
@@ -118,29 +123,42 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         recorded = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: expected the JSON record of a run, but {error}") from error
+        raise RunError(f"{path}: expected the JSON record of a run, but {error}; choose another --out") from error
     if not isinstance(recorded, dict):
-        raise RunError(f"{path}: expected the JSON record of a run, found {type(recorded).__name__}")
+        raise RunError(f"{path}: expected a JSON object, found {type(recorded).__name__}; choose another --out")
     return recorded
 
 
 def refuse_strangers(folder: Path) -> None:
-    strangers = [
-        path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(f".{CONFIG}.")
-    ]
+    strangers = [path.name for path in folder.iterdir() if not path.name.startswith(OWN)]
     if strangers:
         raise RunError(f"{folder}: holds {sorted(strangers)[0]!r} but no {CONFIG}, so it is not a run to resume")
 
 
 def remove_run(folder: Path) -> None:
-    """Delete a run folder; refuse anything else."""
-    if not folder.is_dir():
-        raise RunError(f"{folder}: is not a folder; choose another --out")
-    if any(folder.iterdir()):
-        if not (folder / CONFIG).exists() or "experiment" not in read_record(folder / CONFIG):
-            raise RunError(f"{folder}: is not the folder of a run, so --force does not delete it; choose another --out")
-        with locked(folder):
-            shutil.rmtree(folder)
+    """Delete a run folder, its configuration last; refuse anything else."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise RunError(f"{folder}: is not a folder itself; choose another --out")
+    entries = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
+    strangers = [path.name for path in entries if not any(path.match(pattern) for pattern in WRITTEN)]
+    remains = all(path.name.startswith(OWN) for path in entries)
+    if strangers or not (remains or is_run(folder)):
+        what = f"holds {strangers[0]!r}, which no run writes" if strangers else f"has no {CONFIG} of a run"
+        raise RunError(f"{folder}: {what}, so --force does not delete it; choose another --out")
+    with locked(folder):
+        for path in entries:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    (folder / LOCK).unlink(missing_ok=True)
+
+
+def is_run(folder: Path) -> bool:
+    if not (folder / CONFIG).exists():
+        return False
+    config = read_record(folder / CONFIG)
+    return config.get("schema_version") == 1 and isinstance(config.get("experiment"), str)
 
 
 def default_folder(experiment: str) -> Path:

@@ -26,9 +26,13 @@ PHASES = ("batch", "forward", "backward", "optimizer")
 
 
 class Task(Protocol):
-    """What is trained. ``batch`` must depend on the step alone, so that a resumed run sees the same data."""
+    """What is trained. ``batch`` must depend on the step alone, so that a resumed run sees the same data.
+
+    ``settings`` is a text of all that determines the numbers: a checkpoint made with others is refused.
+    """
 
     name: str
+    settings: str
     steps: int
     evaluation_steps: set[int]
 
@@ -159,6 +163,7 @@ def save_checkpoint(path: Path, task: Task, step: int, metrics_length: int, seco
     buffer = io.BytesIO()
     state = {
         "task": task.name,
+        "settings": task.settings,
         "step": step,
         "metrics_length": metrics_length,
         "seconds": list(seconds),
@@ -178,6 +183,8 @@ def load_checkpoint(path: Path, task: Task) -> tuple[int, int, list[float]]:
         state = torch.load(path, weights_only=True)
         if state["task"] != task.name:
             raise RunError(f"{path}: a checkpoint of task {state['task']!r}, expected {task.name!r}")
+        if state["settings"] != task.settings:
+            raise RunError(f"{path}: made with other settings than {task.settings}; start over with --force")
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["generator"])

@@ -131,13 +131,6 @@ def percentile_panel(series: Series, arm: str, limits: tuple[float, float], unit
     return Panel(PANEL_OF_ARM[arm], title, 2.75, 0.36, description, series.steps, labels, curves, draw_on)
 
 
-def panel(
-    name: str, title: str, width: float, right: float, description: str, series: Series, curves, draw_on
-) -> Panel:
-    labels = [number(step) for step in series.steps]
-    return Panel(name, title, width, right, description, series.steps, labels, curves, draw_on)
-
-
 def step_axis(axes: "Axes", steps: list[int]) -> None:
     """Steps in thousands, as in the paper."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
