@@ -233,7 +233,7 @@ def train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, batch mean and batch variance, by the way that suits the caller."""
     if implementation == "aten" and activation is None and residual is None and input.numel() and not seen_through():
-        return aten.train_plain(input, weight, bias, eps)
+        return aten.train_natively(input, weight, bias, eps)
     layout = dense_format(input)
     if layout is None:
         layout = torch.contiguous_format
