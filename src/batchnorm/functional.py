@@ -15,7 +15,7 @@ from batchnorm._ops.checks import (
     of_one_dtype,
     suits_torch,
 )
-from batchnorm._ops.choice import choose
+from batchnorm._ops.choice import DEFAULT, Choice, choose
 from batchnorm._ops.dtypes import HALF
 from batchnorm.reference import TrainOutput, activate, values_per_channel
 
@@ -109,7 +109,16 @@ def batch_norm(
             implementation=implementation,
         )
     return train_and_track(
-        input, weight, bias, running_mean, running_var, momentum, residual, activation, eps, implementation
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        momentum,
+        residual,
+        activation,
+        eps,
+        choose(implementation, training=True),
     )
 
 
@@ -123,13 +132,13 @@ def train_and_track(
     residual: Tensor | None,
     activation: str | None,
     eps: float,
-    implementation: str,
+    choice: Choice,
 ) -> Tensor:
     """Normalize a mini-batch and move the running statistics, where there are any."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    choice = choose(implementation, training=True)
-    if choice.implementation == "aten" and not isinstance(momentum, Tensor) and not seen_through():
+    eager = choice is DEFAULT or (choice.implementation == "aten" and not seen_through())
+    if eager and not isinstance(momentum, Tensor):
         check_input(input, residual, activation)
         if input.dtype not in HALF or suits_torch(weight, bias, running_mean, running_var):
             # torch updates in the same call, 60 us sooner in a network than operations of ours can. It also checks,

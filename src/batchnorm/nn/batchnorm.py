@@ -78,7 +78,7 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             residual,
             self.activation,
             self.eps,
-            choice.implementation,
+            choice,
         )
         if tracks and self.running_mean is not None and self.num_batches_tracked is not None and input.numel():
             self.num_batches_tracked.add_(1)
