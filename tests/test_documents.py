@@ -1,9 +1,13 @@
 """What the README and the docs say was measured is what the committed records hold."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from batchnorm.experiments.claims import Claim
 from batchnorm.experiments.mnist import INIT_STDS, LEARNING_RATES, Options
+from batchnorm.experiments.mnist_claims import ARMS, accuracy_claim, steps_claim
 from batchnorm.report import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +73,27 @@ def eight_seeds_sentence() -> str:
         f"{measured(higher)} percentage points higher,\n{measured(faster)} of the steps, "
         f"{measured(steadier)} of the drift"
     )
+
+
+def unreproduced_points(judged: Callable[[list], Claim]) -> set[tuple[float, float]]:
+    """Learning rate and scale of the points of the sweep where a claim is not reproduced with three seeds."""
+    rows = [json.loads(line) for line in (SWEEP / "metrics.jsonl").read_text().splitlines()]
+    points = set()
+    for rate, std in itertools.product(LEARNING_RATES, INIT_STDS):
+        here = [row for row in rows if (row["learning_rate"], row["init_std"]) == (rate, std)]
+        pairs = [
+            tuple([row for row in here if (row["arm"], row["seed"]) == (arm, seed)] for arm in ARMS)
+            for seed in Options.seeds
+        ]
+        if judged(pairs).verdict != "reproduced":
+            points.add((rate, std))
+    return points
+
+
+def test_docs_name_the_points_where_three_seeds_do_not_reproduce_a_claim():
+    # docs/mnist.md, "What came out"
+    assert unreproduced_points(accuracy_claim) == {(1.0, 0.05), (1.0, 0.1)}
+    assert unreproduced_points(steps_claim) == {(1.0, 0.05), (1.0, 0.1), (2.0, 0.1)}
 
 
 def test_docs_state_the_record_of_eight_seeds():
