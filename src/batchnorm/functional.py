@@ -61,6 +61,7 @@ def batch_norm(
         RuntimeError: a per-channel tensor or the residual has the wrong size, dtype or device, or running statistics
             are missing in evaluation.
         NotImplementedError: the input is not floating point.
+        TypeError: an argument that should be a tensor, or ``momentum``, is of another type.
 
         When an error is raised, the running statistics are as they were before the call. An empty batch leaves
         them unchanged too.

@@ -4,8 +4,8 @@
 Who updates which running statistics is decided in Python, by the caller.
 
 Two ways lead to the same kernels. Eager calls go through :class:`BatchNormTrain`, whose ``forward`` takes ``ctx``:
-half the Python of the other form (15 us against 30 us for a 60 x 100 input). torch.compile, torch.export and torch.func
-see the registered operator.
+half the Python of the other form (15 us against 30 us for a 60 x 100 input). torch.compile and torch.export see the
+registered operator. torch.func and forward-mode AD can use neither: inside them "auto" takes the plain reference.
 """
 
 from collections.abc import Callable
@@ -233,7 +233,7 @@ def train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, batch mean and batch variance, by the way that suits the caller."""
     if implementation == "aten" and activation is None and residual is None and input.numel() and not seen_through():
-        return aten.train_natively(input, weight, bias, eps)
+        return aten.train_natively(input, weight, bias, eps)[:3]
     layout = dense_format(input)
     if layout is None:
         layout = torch.contiguous_format
