@@ -7,8 +7,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchnorm import errors, functional, nn, reference, statistics
+    from batchnorm import errors, functional, insight, nn, reference, statistics
     from batchnorm.environment import describe_environment
+    from batchnorm.insight import memory_report
     from batchnorm.nn import explain
     from batchnorm.statistics import recalibrate
 
@@ -18,6 +19,8 @@ __all__ = [
     "errors",
     "explain",
     "functional",
+    "insight",
+    "memory_report",
     "nn",
     "recalibrate",
     "reference",
@@ -27,6 +30,7 @@ __all__ = [
 HOME = {
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
+    "memory_report": "batchnorm.insight",
     "recalibrate": "batchnorm.statistics",
 }
 
