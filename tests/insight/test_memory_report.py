@@ -225,6 +225,20 @@ def test_a_compiled_module_counts_as_one(way: str):
     assert owners == ({"0"} if way == "part" else {""})
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_scripted_module_counts_to_its_caller(whole: bool):
+    block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
+    expected = memory_report(block, torch.randn(5, 4))
+    scripted = torch.jit.script(block)
+    model = scripted if whole else nn.Sequential(scripted)
+    before = copy.deepcopy(model.state_dict())
+    report = memory_report(model, torch.randn(5, 4))
+    assert (report.kept, report.inputs) == (expected.kept, expected.inputs)
+    assert [row.name for row in report.rows if row.tensors] == [""]
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
 @pytest.mark.parametrize("layout", ["coo", "csr"])
 def test_sparse_tensors_count_indices_and_values(layout: str):

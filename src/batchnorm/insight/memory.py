@@ -95,7 +95,7 @@ def memory_report(model: nn.Module, example: Tensor | tuple[Any, ...] | Mapping[
         What the model raises passes through. Whatever happens, hooks, buffers, gradients, modes and torch's random
         numbers are as before; parameters that the forward itself overwrites are not restored.
 
-    A compiled or scripted module counts as one; one that was compiled in place (``module.compile()``) counts to its
+    A compiled module counts as one; what was scripted, or compiled in place (``module.compile()``), counts to its
     caller. Hooks see what operations save: not what an ``autograd.Function`` keeps as an attribute of ``ctx``, nor
     what hooks of the model itself put elsewhere. So a checkpointed part shows its inputs only, and that is what it
     keeps.

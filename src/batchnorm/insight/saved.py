@@ -15,7 +15,8 @@ from torch import Tensor, nn
 def unchanged(model: nn.Module, inputs: list[Tensor]) -> Iterator[None]:
     """Undo what a forward does to buffers, modes, gradients and random numbers."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    # a scripted module has a fixed set of buffers, behind a view
+    buffers = [(held, dict(held)) for held in (module._buffers for module in model.modules()) if isinstance(held, dict)]
     contents = [(storage, storage.clone()) for storage in storages_of(model.buffers()).values() if has_values(storage)]
     leaves = {id(t): t for t in [*model.parameters(), *inputs] if t.is_leaf and t.requires_grad}.values()
     grads = [(leaf, leaf.grad) for leaf in leaves]
@@ -91,17 +92,17 @@ class Recorder:
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Recorder]:
     """Follow which module runs, and what it saves."""
-    recorder = Recorder({"": model} | modules_entered(model))
+    modules = modules_entered(model)
+    recorder = Recorder({"": model} | modules)
     pack: Any = recorder.pack
     if "torch._dynamo" in sys.modules:
         # a compiled frame would trace and compile the hook
         pack = torch.compiler.disable(pack)
     handles = []
     try:
-        for name, module in recorder.modules.items():
-            if name:
-                handles.append(module.register_forward_pre_hook(recorder.enter(name), prepend=True))
-                handles.append(module.register_forward_hook(recorder.leave(name), always_call=True))
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(recorder.enter(name), prepend=True))
+            handles.append(module.register_forward_hook(recorder.leave(name), always_call=True))
         with torch.autograd.graph.saved_tensors_hooks(pack, attrgetter("tensor")):
             yield recorder
     finally:
@@ -113,16 +114,15 @@ def recording(model: nn.Module) -> Iterator[Recorder]:
 
 
 def modules_entered(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name, without those inside compiled or scripted ones: hooks there would be compiled too."""
+    """Modules inside the model that can have hooks, by name: inside a compiled one, the hook would be compiled too."""
     dynamo = sys.modules.get("torch._dynamo")
-    closed = (torch.jit.ScriptModule, *([] if dynamo is None else [dynamo.OptimizedModule]))
     hidden: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, closed):
-            hidden.update(inner for inner in module.modules() if inner is not module)
-        elif module._compiled_call_impl is not None:
+        if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
             hidden.update(module.modules())
-    return {name: module for name, module in model.named_modules() if module not in hidden}
+        elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+            hidden.update(inner for inner in module.modules() if inner is not module)
+    return {name: module for name, module in model.named_modules() if name and module not in hidden}
 
 
 class Opaque(NamedTuple):
