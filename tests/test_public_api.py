@@ -14,7 +14,7 @@ import batchnorm.nn
 from batchnorm import errors
 from batchnorm._ops import choice
 
-PACKAGES = ("batchnorm", "batchnorm.insight", "batchnorm.nn", "batchnorm.statistics")
+PACKAGES = ("batchnorm", "batchnorm.insight", "batchnorm.nn", "batchnorm.statistics", "batchnorm.surgery")
 
 
 def shows_an_example(value: object) -> bool:

@@ -7,14 +7,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchnorm import errors, functional, insight, nn, reference, statistics
+    from batchnorm import errors, functional, insight, nn, reference, statistics, surgery
     from batchnorm.environment import describe_environment
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
     from batchnorm.statistics import recalibrate
+    from batchnorm.surgery import convert, revert
 
 __version__ = "0.1.0"
 __all__ = [
+    "convert",
     "describe_environment",
     "errors",
     "explain",
@@ -24,14 +26,18 @@ __all__ = [
     "nn",
     "recalibrate",
     "reference",
+    "revert",
     "statistics",
+    "surgery",
 ]
 
 HOME = {
+    "convert": "batchnorm.surgery",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
     "memory_report": "batchnorm.insight",
     "recalibrate": "batchnorm.statistics",
+    "revert": "batchnorm.surgery",
 }
 
 
