@@ -1,6 +1,5 @@
 """Which modules, functions and methods are an activation that our layers know, with torch's default parameters."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from batchnorm.reference import ACTIVATIONS
+from batchnorm.surgery.calls import copy_structure
 
 MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -71,7 +71,7 @@ def activation_by_values(module: nn.Module) -> str | None:
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
                 warnings.simplefilter("ignore")
-                again = copy.deepcopy(module).train(training)
+                again = copy_structure(module).train(training)
                 before = dict(vars(again))
                 results = values_and_gradients(again)
         except Exception:

@@ -1,7 +1,9 @@
 """Which blocks of a model get a fused forward: the smallest ones that hold a layer and what it can absorb."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from keyword import iskeyword
 
 from torch import nn
 from torch.fx import Graph, Node
@@ -12,7 +14,7 @@ from batchnorm.surgery.fused import FusedForward, Program, has_hooks
 from batchnorm.surgery.patterns import LEAVES, Match, absorb, match
 from batchnorm.surgery.tracing import CannotTraceError, Trace, trace
 
-Key = tuple[str, str, tuple[str, ...]]
+Key = tuple[str, str, str]
 # what a layer does in one call, or why it absorbs nothing there
 Found = list[tuple[str, Match | str]]
 
@@ -47,6 +49,7 @@ class Search:
         label = f"{name or 'the model'} ({type(block).__name__})"
         try:
             arguments = self.calls.get(name) or usual_arguments(block)
+            check_names(block)
             traces = [trace(block, arguments, self.leaves(block), training=training) for training in (True, False)]
             inlined = list(dict.fromkeys(path for t in traces for path in t.inlined))
             watched = [path for path in inlined if path and has_hooks(block.get_submodule(path))]
@@ -91,7 +94,7 @@ class Search:
             return found
         if modules[found.layer].__dict__.get("activation"):
             return "it has an activation already"
-        watched = [path for path in found.modules if has_hooks(modules[path])]
+        watched = [path for path in found.passed_over(modules) if has_hooks(modules[path])]
         return f"the hooks of {watched[0]!r} would see another value" if watched else found
 
     def judge(self, label: str, inside: list[str], found: list[Found], common: set[Key], *, is_model: bool) -> bool:
@@ -129,19 +132,18 @@ class Search:
         common: set[Key],
         inlined: list[str],
     ) -> FusedForward:
-        programs, unseen, absorbed = [], set(inlined) - {""}, {}
+        modules, unseen, absorbed, programs = dict(block.named_modules()), set(inlined) - {""}, {}, []
         for t, per_mode in zip(traces, found, strict=True):
             taken = [m for _, m in per_mode if isinstance(m, Match) and key(m) in common]
-            unseen |= {path for m in taken for path in m.modules}
+            unseen |= {path for m in taken for path in m.passed_over(modules)}
             absorbed |= {m.layer: m.what for m in taken}
             programs.append(program(t, taken))
-        modules = [block.get_submodule(path) for path in inlined]
         return FusedForward(
             block,
             arguments,
             {True: programs[0], False: programs[1]},
-            modules,
-            [block.get_submodule(path) for path in sorted(unseen)],
+            [modules[path] for path in inlined],
+            [modules[path] for path in sorted(unseen)],
             absorbed,
         )
 
@@ -150,8 +152,16 @@ def has_own_forward(block: nn.Module) -> bool:
     return type(block).forward is not nn.Module.forward and activation_of_module(block) is None
 
 
+def check_names(block: nn.Module) -> None:
+    """The names of modules become part of the source of a graph."""
+    parts = {part for path, _ in block.named_modules() for part in path.split(".") if path}
+    odd = sorted(part for part in parts if not re.fullmatch(r"[\w-]+", part) or iskeyword(part))
+    if odd:
+        raise CannotTraceError(f"no code can be written for the name {odd[0]!r}")
+
+
 def key(found: Match) -> Key:
-    return found.layer, found.what, tuple(found.modules)
+    return found.layer, found.what, str(found.activation.target)
 
 
 def reason(found: Match | str) -> str:
@@ -171,7 +181,9 @@ def program(t: Trace, taken: list[Match]) -> Program:
         code = branches.python_code("self")
         source += code.src.replace("def forward(", "def branches(")
         names |= code.globals
-    return Program(source, names, tuple(value for _, value in t.branches))
+    result = Program(source, names, tuple(value for _, value in t.branches))
+    result.compiled()
+    return result
 
 
 def branches_graph(t: Trace) -> Graph | None:

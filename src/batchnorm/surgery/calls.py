@@ -2,23 +2,32 @@
 
 import copy
 import inspect
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
 CONSTANTS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One parameter of a forward; ``value`` is a tensor's stand-in where ``is_tensor``, or the constant itself."""
+    """One parameter of a forward: a tensor, or the constant ``value``; ``shape`` is a tensor's stand-in, if known."""
 
     name: str
     default: Any
+    is_positional: bool
     is_tensor: bool
-    value: Any
+    value: Any = None
+    shape: Tensor | None = None
 
 
 class UnusualCallError(Exception):
@@ -39,20 +48,20 @@ def usual_arguments(module: nn.Module) -> tuple[Argument, ...]:
 def arguments(module: nn.Module, given: dict[str, Any] | None) -> tuple[Argument, ...]:
     result = []
     for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
-        name, default = parameter.name, parameter.default
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            if given and given.get(name):
-                raise UnusualCallError(f"its forward is called with *{name}")
+        name, default, kind = parameter.name, parameter.default, parameter.kind
+        if kind is parameter.VAR_KEYWORD and not (given and given.get(name)):
             continue
-        if given is None:
-            value = default
-            is_tensor = default is parameter.empty
-        else:
-            value = given.get(name, default)
-            is_tensor = issubclass(type(value), (Tensor, torch.fx.Proxy))
+        if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise UnusualCallError(f"its forward takes {parameter}")
+        value = default if given is None else given.get(name, default)
+        is_tensor = value is parameter.empty if given is None else issubclass(type(value), (Tensor, torch.fx.Proxy))
         if not is_tensor and not isinstance(value, CONSTANTS):
             raise UnusualCallError(f"the argument {name!r} of its forward is a {type(value).__name__}")
-        result.append(Argument(name, default, is_tensor, stand_in(value) if is_tensor else value))
+        is_positional = kind is parameter.POSITIONAL_OR_KEYWORD
+        if is_tensor:
+            result.append(Argument(name, default, is_positional, is_tensor, shape=stand_in(value)))
+        else:
+            result.append(Argument(name, default, is_positional, is_tensor, value))
     return tuple(result)
 
 
@@ -61,22 +70,28 @@ def stand_in(value: Any) -> Tensor | None:
     return torch.empty_like(value, device="meta", requires_grad=False) if type(value) is Tensor else None
 
 
-def copy_structure(model: nn.Module, *, copy_buffers: bool = False) -> nn.Module:
-    """A copy whose parameters are the model's own, and the buffers too unless a run could change them."""
-    kept = [*model.parameters(), *(() if copy_buffers else model.buffers())]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A copy without values and hooks, so that whatever runs on it reaches neither the model nor its observers."""
+    memo = without_hooks(model)
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def without_hooks(model: nn.Module) -> dict[int, Any]:
+    """What to tell ``deepcopy`` so that it leaves the hooks of modules out."""
+    return {id(vars(m)[name]): OrderedDict() for m in model.modules() for name in HOOKS if name in vars(m)}
 
 
 def calls_of_example(model: nn.Module, example: Any) -> dict[str, tuple[Argument, ...]]:
     """Run a copy of the model on an example, in evaluation mode, and see how each module is first called."""
     args, kwargs = as_call(example)
-    again = copy_structure(model, copy_buffers=True).eval()
-    calls: dict[str, tuple[Argument, ...]] = {"": arguments_or_none(again, args, kwargs)}
+    again = copy.deepcopy(model, without_hooks(model)).eval()
+    calls: dict[str, Any] = {"": arguments_or_none(again, args, kwargs)}
     for name, module in again.named_modules():
         if name:
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: note_call(calls, name, module, args, kwargs), with_kwargs=True
-            )
+            note = partial(note_call, calls, name)
+            module.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         again(*args, **kwargs)
     return {name: call for name, call in calls.items() if call}
@@ -94,6 +109,6 @@ def arguments_or_none(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, dict):
-        return (), example
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example, {}) if isinstance(example, tuple) else ((example,), {})

@@ -1,7 +1,7 @@
 """The forward of a block whose batch normalizations absorbed what follows them, with the original behind it."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.nn.modules import module as torch_module
 from batchnorm.reference import ACTIVATIONS
 from batchnorm.surgery.calls import CONSTANTS, Argument
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # what a fused block keeps in the instance
 OWN_ATTRIBUTES = ("forward", "_replicate_for_data_parallel")
 OF_EVERY_MODULE = {*vars(nn.Module()), *OWN_ATTRIBUTES}
@@ -23,11 +22,11 @@ def normalize(
     layer: Any, input: Tensor, residual: Tensor | None, activation: str, add_in_place: bool = False
 ) -> Tensor:
     """``activation(layer(input) + residual)`` in one call of the layer, where the residual has the input's shape."""
-    if residual is not None and not alike(input, residual):
+    if layer.activation or (residual is not None and not alike(input, residual)):
         z = layer(input)
         if add_in_place:
             z += residual
-        else:
+        elif residual is not None:
             z = z + residual
         return ACTIVATIONS[activation](z)
     # the layer as it is now, but for the activation: other callers, in other threads too, see none
@@ -92,8 +91,10 @@ class Snapshot:
         return (
             (self.any_mode or self.module.training == training)
             and now["_modules"] == self.submodules
-            and len(now) - sum(key in now for key in OWN_ATTRIBUTES) == self.number
-            and all(same(now.get(key, MISSING), value) for key, value in self.attributes.items())
+            and len(now) - ("forward" in now) - ("_replicate_for_data_parallel" in now) == self.number
+            and (
+                not self.attributes or all(same(now.get(key, MISSING), value) for key, value in self.attributes.items())
+            )
         )
 
 
@@ -120,7 +121,8 @@ class FusedForward:
     ) -> None:
         """``absorbed`` says what each layer absorbs, by its name in the block."""
         self.block = block
-        self.arguments = arguments
+        self.arguments = [replace(argument, shape=None) for argument in arguments]
+        self.positional = sum(argument.is_positional for argument in arguments)
         self.programs = programs
         self.layers = [block.get_submodule(name) for name in absorbed]
         self.unseen = unseen
@@ -138,7 +140,7 @@ class FusedForward:
         return inspect.signature(type(self.block).forward.__get__(self.block))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
             tensors = self.tensors(args, kwargs)
             training = self.block.training
             if tensors is not None and self.is_unwatched() and all(s.holds(training) for s in self.snapshots):
@@ -150,7 +152,7 @@ class FusedForward:
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
         """The tensors among the arguments, or None if the call is of another kind."""
-        if len(args) > len(self.arguments):
+        if len(args) > self.positional:
             return None
         tensors, used = [], 0
         for position, argument in enumerate(self.arguments):
@@ -179,5 +181,8 @@ class FusedForward:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    attributes = module.__dict__
-    return any(attributes[name] for name in HOOKS)
+    own = module.__dict__
+    # spelled out: it runs for several modules in every call
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )

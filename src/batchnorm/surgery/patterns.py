@@ -33,11 +33,10 @@ class Match:
     def what(self) -> str:
         return f"absorbed {'add + ' if self.add else ''}{self.activation_name}"
 
-    @property
-    def modules(self) -> list[str]:
-        """The modules that are not called any more, and the layer itself."""
-        nodes = [self.normalized, self.activation, *self.passed]
-        return [str(node.target) for node in nodes if node.op == "call_module"]
+    def passed_over(self, modules: dict[str, nn.Module]) -> list[str]:
+        """The modules that are not called any more, what they hold, and the layer itself."""
+        called = {n.target for n in (self.normalized, self.activation, *self.passed) if n.op == "call_module"}
+        return [path for path in modules if any(path == t or path.startswith(f"{t}.") for t in called)]
 
 
 def match(call: Node, modules: dict[str, nn.Module]) -> Match | str:
@@ -87,6 +86,8 @@ def match_add(call: Node, add: Node, modules: dict[str, nn.Module], passed: list
     operands = [*add.args, *([add.kwargs["other"]] if "other" in add.kwargs else [])]
     if len(operands) != 2 or not all(isinstance(operand, Node) for operand in operands):
         return "a number is added to its output"
+    if any(operand.op == "get_attr" for operand in operands if isinstance(operand, Node)):
+        return "a parameter or a buffer is added to its output"
     if operands[0] is operands[1]:
         return "its output is added to itself"
     if add.target in ADD_IN_PLACE and operands[0] is not value:

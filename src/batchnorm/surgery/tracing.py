@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.surgery.calls import Argument, arguments_or_none, copy_structure, usual_arguments
 
@@ -71,6 +72,8 @@ class BlockProxy(Proxy):
 class BlockTracer(Tracer):
     """Follows the forward of one module, and of the modules in it that are not leaves."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self, arguments: tuple[Argument, ...], is_leaf: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
         self.arguments = arguments
@@ -124,7 +127,7 @@ class BlockTracer(Tracer):
             return node
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         if node.op == "placeholder":
-            value = next(a.value for a in self.arguments if a.name == node.target)
+            value = next(a.shape for a in self.arguments if a.name == node.target)
             if value is None:
                 raise CannotTraceError("its forward branches on its input, whose shape only an example can tell")
             return value
@@ -153,6 +156,7 @@ def trace(
     Raises:
         CannotTraceError: torch.fx cannot follow it, or the graph would not do the same.
     """
+    check_calls(module)
     try:
         again = copy_structure(module)
     except Exception as error:
@@ -177,7 +181,7 @@ def trace(
     inlined = [again.get_submodule(name) for name in tracer.inlined]
     check_code(inlined)
     after = contents(again)
-    check_constants(graph, module)
+    check_graph(graph, module)
     if any(before[id(m)] != after[id(m)] for m in inlined):
         raise CannotTraceError("its forward changes attributes of the module")
     return Trace(graph, tracer.inlined, tracer.branches, {k: v for k, v in tracer.calls.items() if v})
@@ -239,12 +243,22 @@ def check_code(modules: list[nn.Module]) -> None:
             raise CannotTraceError(f"its forward uses {unseen[0]}")
 
 
-def check_constants(graph: Graph, module: nn.Module) -> None:
+def check_calls(module: nn.Module) -> None:
+    """What a class adds to ``__call__`` would be in the graph and in the module that the graph calls."""
+    for name, m in module.named_modules():
+        if name and type(m).__call__ is not nn.Module.__call__ and not isinstance(m, GraphModule):
+            raise CannotTraceError(f"the class of {name!r} has a __call__ of its own")
+
+
+def check_graph(graph: Graph, module: nn.Module) -> None:
+    """No tensor made while tracing, and no device or dtype, which may be those of the parameters at this time."""
     for node in graph.nodes:
         if node.op == "get_attr":
             holder, _, name = str(node.target).rpartition(".")
             if not hasattr(module.get_submodule(holder), name):
                 raise CannotTraceError("its forward creates tensors that would be the same in every call")
+        if any(isinstance(a, (torch.device, torch.dtype)) for a in tree_leaves((node.args, node.kwargs))):
+            raise CannotTraceError("its forward names a device or a dtype")
 
 
 def first_line(error: Exception) -> str:
