@@ -29,12 +29,17 @@ def normalize(
         elif residual is not None:
             z = z + residual
         return ACTIVATIONS[activation](z)
-    # the layer as it is now, but for the activation: other callers, in other threads too, see none
-    view = object.__new__(type(layer))
-    view.__dict__ = layer.__dict__ | {"activation": activation}
+    view = with_activation(layer, activation)
     output = view.forward(input, residual)
     layer.__dict__["last_choice"] = view.last_choice
     return output
+
+
+def with_activation(layer: Any, activation: str) -> Any:
+    """The layer as it is now, but for the activation, of which its other callers, in other threads too, see nothing."""
+    view = object.__new__(type(layer))
+    view.__dict__ = layer.__dict__ | {"activation": activation}
+    return view
 
 
 def alike(input: Tensor, residual: Any) -> bool:
@@ -67,6 +72,16 @@ class Program:
         for key in state["modules"]:
             names[key] = __import__(names[key], fromlist=["_"])
         self.__init__(state["source"], names, state["expected"])
+
+    def takes_its_branches(self, block: nn.Module, tensors: list[Tensor]) -> bool:
+        """Whether the conditions that the graph was traced under are as they were."""
+        if not self.expected:
+            return True
+        try:
+            return self.compiled()["branches"](block, *tensors) == self.expected
+        # the forward asks for the last dimension only after the number of dimensions was right
+        except (IndexError, TypeError, RuntimeError):
+            return False
 
     def compiled(self) -> dict[str, Any]:
         if not self.functions:
@@ -145,9 +160,8 @@ class FusedForward:
             training = self.block.training
             if tensors is not None and self.is_unwatched() and all(s.holds(training) for s in self.snapshots):
                 program = self.programs[training]
-                functions = program.compiled()
-                if not program.expected or functions["branches"](self.block, *tensors) == program.expected:
-                    return functions["forward"](self.block, *tensors)
+                if program.takes_its_branches(self.block, tensors):
+                    return program.compiled()["forward"](self.block, *tensors)
         return type(self.block).forward(self.block, *args, **kwargs)
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:

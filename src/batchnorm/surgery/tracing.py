@@ -1,6 +1,7 @@
 """The graph of a module's forward by torch.fx, taken from a copy, or the reason why a graph would not be the same."""
 
 import dis
+import operator
 import pickle
 import random
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.fx.graph import inplace_methods
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.surgery.calls import Argument, arguments_or_none, copy_structure, usual_arguments
@@ -67,6 +70,23 @@ class BlockProxy(Proxy):
         return self.tracer.to_int(self)  # pyright: ignore[reportAttributeAccessIssue]
 
     __index__ = __int__
+
+
+def in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
+    """``a += b``, which torch.fx would take for ``a = a + b``, although other names of ``a`` see the difference."""
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for name in inplace_methods:
+    setattr(BlockProxy, f"__{name}__", in_place(name))
+
+
+class NothingComputed(TorchDispatchMode):
+    """While tracing, only proxies are computed with: what happens to real tensors would happen once and never again."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise CannotTraceError("its forward computes with tensors that are not computed from its input")
 
 
 class BlockTracer(Tracer):
@@ -166,7 +186,7 @@ def trace(
         m.training = training
     before, chance = contents(again), state_of_chance()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), NothingComputed():
             warnings.simplefilter("ignore")
             graph = tracer.trace(again)
             used_chance = state_of_chance() != chance
@@ -196,7 +216,7 @@ def calls_of_trace(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) 
         return {}
     chance = state_of_chance()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), NothingComputed():
             warnings.simplefilter("ignore")
             tracer.trace(again)
     # whatever was seen before it failed is true
