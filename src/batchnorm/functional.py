@@ -6,17 +6,21 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import reference
+from batchnorm._ops import kernel
 from batchnorm._ops.batch_norm import seen_through, train
 from batchnorm._ops.checks import (
     check_input,
     check_momentum,
+    check_not_differentiated,
     check_not_vmapped,
     check_per_channel,
+    check_training,
     of_one_dtype,
     suits_torch,
 )
-from batchnorm._ops.choice import DEFAULT, Choice, choose
-from batchnorm._ops.dtypes import HALF
+from batchnorm._ops.choice import KERNEL, Choice, choose
+from batchnorm._ops.dtypes import HALF, statistics_dtype
+from batchnorm.errors import ImplementationError
 from batchnorm.reference import TrainOutput, activate, values_per_channel
 
 
@@ -50,7 +54,7 @@ def batch_norm(
         residual: added before the activation, same shape as ``input``.
         activation: "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "mish", "sigmoid", "tanh",
             "hardswish" (with torch's default parameters), or None.
-        implementation: "auto", "aten" or "reference". A named one never falls back to another.
+        implementation: "auto", "kernel", "aten" or "reference". A named one never falls back to another.
 
     Returns:
         Tensor of the shape and dtype of ``input``.
@@ -109,6 +113,7 @@ def batch_norm(
             activation=activation,
             implementation=implementation,
         )
+    check_input(input, residual, activation)
     return train_and_track(
         input,
         weight,
@@ -119,7 +124,7 @@ def batch_norm(
         residual,
         activation,
         eps,
-        choose(implementation, training=True),
+        choose(implementation, input, training=True),
     )
 
 
@@ -135,26 +140,65 @@ def train_and_track(
     eps: float,
     choice: Choice,
 ) -> Tensor:
-    """Normalize a mini-batch and move the running statistics, where there are any."""
+    """Normalize a mini-batch, which has been checked, and move the running statistics, where there are any."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    eager = choice is DEFAULT or (choice.implementation == "aten" and not seen_through())
-    if eager and not isinstance(momentum, Tensor):
-        check_input(input, residual, activation)
-        if input.dtype not in HALF or suits_torch(weight, bias, running_mean, running_var):
-            # torch updates in the same call, 60 us sooner in a network than operations of ours can. It also checks,
-            # but a wrong bias only after the update
-            check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-            if momentum == 0:
-                running_mean = running_var = None
-            z = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-            return activate(z, residual, activation)
+    if choice.implementation == "kernel" and (choice is KERNEL or (input.numel() and not seen_through())):
+        try:
+            return train_by_kernel(
+                input, weight, bias, running_mean, running_var, momentum, residual, activation, eps, None, None
+            )
+        except ImplementationError:
+            if choice is not KERNEL:
+                raise
+            choice = choose("auto", input, training=True)
+    suits = input.dtype not in HALF or suits_torch(weight, bias, running_mean, running_var)
+    if choice.implementation == "aten" and suits and not isinstance(momentum, Tensor) and not seen_through():
+        # torch updates in the same call. It also checks, but a wrong bias only after the update
+        check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+        if momentum == 0:
+            running_mean = running_var = None
+        z = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        return activate(z, residual, activation)
     statistics = normalize_batch(
         input, weight, bias, running_mean, running_var, residual, activation, eps, choice.implementation
     )
     if running_mean is not None and running_var is not None:
         update_running_statistics(running_mean, running_var, statistics, momentum)
     return statistics.output
+
+
+def train_by_kernel(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> Tensor:
+    """The eager kernel: normalizes, moves the running statistics and fills ``mean`` and ``var`` in one call."""
+    check_training(input, eps)
+    check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    if running_mean is None or running_var is None or (not isinstance(momentum, Tensor) and momentum == 0):
+        return kernel.batch_norm(
+            input, weight, bias, None, None, 0.0, residual, activation, eps, kernel.BATCH, mean, var
+        )
+    check_not_differentiated(running_mean, running_var)
+    wide_mean, wide_var = kernel.running(running_mean, input), kernel.running(running_var, input)
+    output = kernel.batch_norm(
+        input, weight, bias, wide_mean, wide_var, float(momentum), residual, activation, eps, kernel.BATCH, mean, var
+    )
+    if wide_mean is not running_mean:
+        running_mean.copy_(wide_mean)
+    if wide_var is not running_var:
+        running_var.copy_(wide_var)
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    return output
 
 
 def batch_norm_train(
@@ -198,16 +242,24 @@ def normalize_batch(
 ) -> TrainOutput:
     """:func:`batch_norm_train` for callers that update running statistics next: these are checked, not changed."""
     check_input(input, residual, activation)
+    check_training(input, eps)
     count = values_per_channel(input)
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if not eps > 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     # an empty vector, which torch accepts
     if count == 0 and input.dim() < 2:
         return TrainOutput(input.clone(), input.new_zeros(0), input.new_zeros(0), 0)
     check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    choice = choose(implementation, training=True)
+    choice = choose(implementation, input, training=True)
+    if choice.implementation == "kernel" and count and not seen_through():
+        mean = torch.empty(input.shape[1], dtype=statistics_dtype(input))
+        var = torch.empty_like(mean)
+        try:
+            output = train_by_kernel(input, weight, bias, None, None, 0.0, residual, activation, eps, mean, var)
+        except ImplementationError:
+            if choice is not KERNEL:
+                raise
+            choice = choose("auto", input, training=True)
+        else:
+            return TrainOutput(output, mean, var, count)
     if choice.implementation != "reference":
         output, mean, var = train(input, weight, bias, residual, eps, activation, choice.implementation)
         return TrainOutput(output, mean, var, count)
@@ -245,7 +297,17 @@ def batch_norm_inference(
         raise RuntimeError(f"running_{'mean' if mean is None else 'var'} must be defined in evaluation mode")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if choose(implementation, training=False).implementation == "reference":
+    choice = choose(implementation, input, training=False)
+    if choice.implementation == "kernel" and input.numel() and not seen_through():
+        check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
+        mean, var = kernel.running(mean, input), kernel.running(var, input)
+        try:
+            return kernel.batch_norm(input, weight, bias, mean, var, 0.0, residual, activation, eps, kernel.RUNNING)
+        except ImplementationError:
+            if choice is not KERNEL:
+                raise
+            choice = choose("auto", input, training=False)
+    if choice.implementation == "reference":
         check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
         return reference.batch_norm_inference(
             input, mean, var, weight, bias, residual=residual, activation=activation, eps=eps
@@ -274,8 +336,7 @@ def update_running_statistics(
         momentum: weight of the batch; a 0-dim tensor, such as 1 / num_batches_tracked, stays on its device.
     """
     _, mean, var, count = statistics
-    if running_mean.requires_grad or running_var.requires_grad:
-        raise RuntimeError("running_mean and running_var cannot require a gradient: they are updated in place")
+    check_not_differentiated(running_mean, running_var)
     if count < 2 or (not isinstance(momentum, Tensor) and momentum == 0):
         return
     if running_mean.dtype != mean.dtype:

@@ -41,12 +41,15 @@ def train_forward(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, batch mean, batch variance (divided by the count) and 1 / sqrt(variance + eps)."""
+    """Output, batch mean, batch variance (divided by the count), and what the backward pass needs of them.
+
+    The last is mean and 1 / sqrt(variance + eps) in float64, shape (2, C).
+    """
     if input.numel() == 0:
         zeros = torch.zeros(input.shape[1], dtype=statistics_dtype(input), device=input.device)
-        return torch.empty_like(input), zeros, zeros.clone(), zeros.clone()
+        return torch.empty_like(input), zeros, zeros.clone(), torch.zeros_like(zeros.double().expand(2, -1))
     z, mean, var, invstd = train_natively(input, weight, bias, eps)
-    return epilogue_(z, residual, activation), mean, var, invstd
+    return epilogue_(z, residual, activation), mean, var, torch.stack([mean.double(), invstd.double()])
 
 
 def train_natively(
@@ -74,15 +77,15 @@ def train_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    saved: Tensor,
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and of the sum before the activation, which is the residual's."""
+    dtype = statistics_dtype(input)
+    mean, invstd = saved.to(dtype)
     if input.numel() == 0:
         return torch.empty_like(input), torch.zeros_like(mean), torch.zeros_like(mean), grad_output
-    dtype = mean.dtype
     weight = parameter(weight, dtype)
     grad_z = grad_output
     if activation is not None:

@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm import reference
-from batchnorm._ops import aten, plain
-from batchnorm._ops.dtypes import as_dtype, statistics_dtype
+from batchnorm._ops import aten, kernel, plain
+from batchnorm._ops.double_backward import differentiable_gradients
+from batchnorm._ops.dtypes import as_dtype, dense_format, statistics_dtype
 from batchnorm.errors import ImplementationError
 
 lib = torch.library.Library("batchnorm", "DEF")
 
 TRAIN = (
     "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, "
-    "str implementation) -> (Tensor output, Tensor mean, Tensor var, Tensor invstd)"
+    "str implementation) -> (Tensor output, Tensor mean, Tensor var, Tensor saved)"
 )
 # grad_residual is empty where the residual's gradient is grad_output itself: an operator may not return its input.
 TRAIN_BACKWARD = (
     "batch_norm_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
-    "Tensor mean, Tensor invstd, float eps, str? activation, str implementation) "
+    "Tensor saved, float eps, str? activation, str implementation) "
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
 )
 lib.define(TRAIN, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
@@ -38,7 +38,7 @@ lib.define(TRAIN_BACKWARD, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_co
 train_op = torch.ops.batchnorm.batch_norm_train.default
 train_backward_op = torch.ops.batchnorm.batch_norm_train_backward.default
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten, "reference": plain}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"kernel": kernel, "aten": aten, "reference": plain}
 
 
 def implementation_named(name: str) -> ModuleType:
@@ -67,14 +67,13 @@ def train_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    saved: Tensor,
     eps: float,
     activation: str | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *grads, grad_z = implementation_named(implementation).train_backward(
-        grad_output, input, weight, bias, residual, mean, invstd, eps, activation
+        grad_output, input, weight, bias, residual, saved, eps, activation
     )
     apart = residual is not None and activation is not None
     return *grads, grad_z if apart else grad_output.new_empty(0)
@@ -90,7 +89,8 @@ def train_fake(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
-    return torch.empty_like(input), mean, torch.empty_like(mean), torch.empty_like(mean)
+    saved = input.new_empty((2, input.shape[1]), dtype=torch.float64)
+    return torch.empty_like(input), mean, torch.empty_like(mean), saved
 
 
 def train_backward_fake(
@@ -99,15 +99,15 @@ def train_backward_fake(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    saved: Tensor,
     eps: float,
     activation: str | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     apart = residual is not None and activation is not None
     grad_residual = torch.empty_like(input) if apart else input.new_empty(0)
-    return torch.empty_like(input), torch.empty_like(mean), torch.empty_like(mean), grad_residual
+    grad_weight = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
+    return torch.empty_like(input), grad_weight, torch.empty_like(grad_weight), grad_residual
 
 
 lib.impl("batch_norm_train", train_forward, "CompositeExplicitAutograd")
@@ -119,26 +119,30 @@ torch.library.register_fake("batchnorm::batch_norm_train_backward", train_backwa
 def setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Keep the input and the statistics, and the residual only where an activation must be differentiated again."""
     input, weight, bias, residual, eps, activation, implementation = inputs
-    _, mean, var, invstd = output
-    ctx.mark_non_differentiable(mean, var, invstd)
+    _, mean, var, saved = output
+    ctx.mark_non_differentiable(mean, var, saved)
     ctx.set_materialize_grads(False)
     ctx.options = (eps, activation, implementation)
     ctx.has_residual = residual is not None
-    ctx.save_for_backward(input, weight, bias, None if activation is None else residual, mean, invstd)
+    ctx.save_for_backward(input, weight, bias, None if activation is None else residual, saved)
 
 
 def backward_of_train(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 7
-    input, weight, bias, residual, mean, invstd = ctx.saved_tensors
+    input, weight, bias, residual, saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        eps, activation, _ = ctx.options
+        *grads, grad_sum = differentiable_gradients(
+            grad_output, input, weight, bias, residual, eps, activation, ctx.needs_input_grad[:3]
+        )
+        return *grads, grad_sum if ctx.has_residual else None, None, None, None
     if grad_output.stride() != input.stride():
         grad_output = grad_output.contiguous(memory_format=dense_format(input) or torch.contiguous_format)
-    arguments = (grad_output, input, weight, bias, residual, mean, invstd, *ctx.options)
-    if torch.is_grad_enabled():
-        grad_input, grad_weight, grad_bias, grad_residual = train_backward_op(*arguments)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            grad_input, grad_weight, grad_bias, grad_residual = train_backward_op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        grad_input, grad_weight, grad_bias, grad_residual = train_backward_op(
+            grad_output, input, weight, bias, residual, saved, *ctx.options
+        )
     if not ctx.has_residual:
         grad_residual = None
     elif residual is None:
@@ -167,59 +171,7 @@ class BatchNormTrain(torch.autograd.Function):
     backward = staticmethod(backward_of_train)  # pyright: ignore[reportAssignmentType]
 
 
-def setup_train_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_output, input, weight, bias, residual, _mean, _invstd, ctx.eps, ctx.activation, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_output, input, weight, bias, residual)
-
-
-def double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradient of the gradient, from the reference: exact, and differentiable any number of times more."""
-    grad_output, *tensors = ctx.saved_tensors
-    given = [i for i, tensor in enumerate(tensors) if tensor is not None]
-
-    def forward(*values: Tensor) -> Tensor:
-        full: list[Tensor | None] = [None] * len(tensors)
-        for i, value in zip(given, values, strict=True):
-            full[i] = value
-        input, weight, bias, residual = full
-        assert input is not None
-        return reference.batch_norm_train(
-            input, weight, bias, residual=residual, activation=ctx.activation, eps=ctx.eps
-        ).output
-
-    def gradient(grad_output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        _, pullback = torch.func.vjp(forward, *values)  # pyright: ignore[reportAssignmentType]
-        return pullback(grad_output)
-
-    present = [tensors[i] for i in given]
-    filled = [
-        torch.zeros_like(tensors[i]) if cotangents[i] is None else cotangents[i].to(tensors[i].dtype)  # pyright: ignore[reportOptionalMemberAccess]
-        for i in given
-    ]
-    _, pullback = torch.func.vjp(gradient, grad_output, *present)  # pyright: ignore[reportAssignmentType]
-    grad_grad_output, *grads = pullback(tuple(filled))
-    result: list[Tensor | None] = [None] * len(tensors)
-    for i, grad in zip(given, grads, strict=True):
-        result[i] = grad
-    return grad_grad_output, *result, None, None, None, None, None
-
-
 torch.library.register_autograd("batchnorm::batch_norm_train", backward_of_train, setup_context=setup_train, lib=lib)
-torch.library.register_autograd(
-    "batchnorm::batch_norm_train_backward", double_backward, setup_context=setup_train_backward, lib=lib
-)
-
-
-def dense_format(x: Tensor) -> torch.memory_format | None:
-    """The memory format in which x has no gaps and no overlaps, or None."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return None
 
 
 def train(

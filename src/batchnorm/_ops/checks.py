@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm._ops.dtypes import HALF
-from batchnorm.reference import ACTIVATIONS
+from batchnorm.reference import ACTIVATIONS, values_per_channel
 
 
 def check_input(input: Tensor, residual: Tensor | None, activation: str | None) -> None:
@@ -27,6 +27,20 @@ def check_input(input: Tensor, residual: Tensor | None, activation: str | None) 
             f"residual should have the size, dtype and device of the input: expected {tuple(input.shape)} "
             f"{input.dtype} {input.device}, got {tuple(residual.shape)} {residual.dtype} {residual.device}"
         )
+
+
+def check_training(input: Tensor, eps: float) -> None:
+    """A batch needs two values per channel to have a variance, and eps to divide by where that is 0."""
+    shape = input.shape
+    if len(shape) > 1 and shape[0] < 2 and values_per_channel(input) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    if not eps > 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def check_not_differentiated(running_mean: Tensor, running_var: Tensor) -> None:
+    if running_mean.requires_grad or running_var.requires_grad:
+        raise RuntimeError("running_mean and running_var cannot require a gradient: they are updated in place")
 
 
 def check_momentum(momentum: object) -> None:

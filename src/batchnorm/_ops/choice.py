@@ -2,7 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from batchnorm._ops import kernel
 from batchnorm._ops.batch_norm import seen_through
+from batchnorm.errors import ImplementationError
 
 
 class Choice(NamedTuple):
@@ -12,21 +17,46 @@ class Choice(NamedTuple):
     reason: str
 
 
-REQUESTED = {
-    "aten": Choice("aten", "implementation='aten' was asked for"),
-    "reference": Choice("reference", "implementation='reference' was asked for"),
-}
+REQUESTED = {name: Choice(name, f"implementation={name!r} was asked for") for name in ("kernel", "aten", "reference")}
 SEEN_THROUGH = Choice("reference", "a compiler, an exporter or torch.func must see plain operations")
-DEFAULT = Choice("aten", "torch's own kernel serves every device")
+KERNEL = Choice("kernel", "one pass over the input, compiled for this processor")
+EVALUATION_SEEN_THROUGH = Choice("aten", "torch.batch_norm is one operation that every compiler and exporter knows")
+EMPTY = Choice("aten", "the input is empty")
+NOT_PLAIN = Choice(
+    "aten", "the input is a tensor subclass, has another layout than strided, or a dispatch mode is active"
+)
 IMPLEMENTATIONS = ("auto", *REQUESTED)
 
 
-def choose(implementation: str, training: bool) -> Choice:
+def choose(implementation: str, input: Tensor, training: bool) -> Choice:
     """Choose the implementation of a call. A request by name never falls back to another."""
-    if implementation != "auto":
-        return REQUESTED[check_implementation(implementation)]
-    # torch.batch_norm in evaluation mode is one operation that every exporter and transform knows
-    return SEEN_THROUGH if training and seen_through() else DEFAULT
+    if implementation == "auto":
+        if seen_through():
+            return SEEN_THROUGH if training else EVALUATION_SEEN_THROUGH
+        return obstacle(input) or KERNEL
+    choice = REQUESTED[check_implementation(implementation)]
+    if implementation == "kernel":
+        found = obstacle(input)
+        if found is not None and found is not EMPTY:
+            raise ImplementationError(f"implementation='kernel' cannot serve this call: {found.reason}")
+    return choice
+
+
+def obstacle(input: Tensor) -> Choice | None:
+    """What serves instead of the kernels where they cannot."""
+    if not input.is_cpu:
+        return Choice("aten", f"the kernels run on the cpu, and the input is on {input.device}")
+    if input.dtype not in kernel.DTYPES:
+        return Choice("aten", f"the kernels take float32, float64 and bfloat16, and the input is {input.dtype}")
+    if type(input) not in PLAIN_TYPES or torch._C._len_torch_dispatch_stack() or input.layout is not torch.strided:
+        return NOT_PLAIN
+    if input.numel() == 0:
+        return EMPTY
+    failure = kernel.load()
+    return None if failure is None else Choice("aten", failure)
+
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def check_implementation(implementation: str) -> str:

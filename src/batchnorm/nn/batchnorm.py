@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm._ops.checks import check_activation
+from batchnorm._ops.checks import check_activation, check_input
 from batchnorm._ops.choice import Choice, check_implementation, choose
 from batchnorm._ops.dtypes import statistics_dtype
 from batchnorm.functional import batch_norm_inference, train_and_track
@@ -48,8 +48,9 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not isinstance(input, Tensor):
             return self.traced(input, residual)
         self._check_input_dim(input)
+        check_input(input, residual, self.activation)
         by_batch = self.normalizes_by_batch
-        choice = choose(self.implementation, training=by_batch)
+        choice = choose(self.implementation, input, training=by_batch)
         if not torch.compiler.is_compiling() and choice is not self.last_choice:
             self.last_choice = choice
         if not by_batch:
@@ -127,7 +128,7 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
         bias: learn beta; only with ``affine``.
         activation: what follows the normalization: None, "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "mish",
             "sigmoid", "tanh" or "hardswish", with torch's default parameters.
-        implementation: "auto", "aten" or "reference". A named one never falls back to another.
+        implementation: "auto", "kernel", "aten" or "reference". A named one never falls back to another.
 
     Shape:
         input and residual (N, C) or (N, C, L); output the same.
@@ -203,9 +204,9 @@ def explain(layer: torch.nn.Module, input: Tensor) -> Choice:
     Example:
         >>> import torch
         >>> explain(BatchNorm1d(2), torch.randn(3, 2))
-        Choice(implementation='aten', reason="torch's own kernel serves every device")
+        Choice(implementation='kernel', reason='one pass over the input, compiled for this processor')
     """
     if not isinstance(layer, FusedBatchNorm):
         raise TypeError(f"expected a layer of batchnorm.nn, got {type(layer).__module__}.{type(layer).__qualname__}")
     layer._check_input_dim(input)
-    return choose(layer.implementation, training=layer.normalizes_by_batch)
+    return choose(layer.implementation, input, training=layer.normalizes_by_batch)

@@ -1,0 +1,118 @@
+"""The order of the work, the same for forward and backward and for every form: reduce, finish, apply."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from batchnorm._kernels.cpu.arguments import (
+    APPLY,
+    BARRIER,
+    BLOCKED,
+    CHUNK_ROWS,
+    CHUNKS,
+    COLUMNS,
+    NUM_THREADS,
+    PARTIALS,
+    REDUCE,
+    ROWS,
+    SCRATCH,
+    SCRATCH_BYTES,
+    SEGMENT,
+    SEGMENTS,
+    SLOTS,
+    THREAD_NUM,
+    UNITS,
+    WIDTH,
+)
+from batchnorm._kernels.cpu.elements import carray, inner, primitive
+
+
+@primitive
+def call_int(_context: Any, address: Any) -> Any:
+    """Call ``int f(void)`` at an address."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        function = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer())
+        return builder.sext(builder.call(function, []), ir.IntType(64))
+
+    return types.int64(types.int64), generate
+
+
+@primitive
+def call_void(_context: Any, address: Any) -> Any:
+    """Call ``void f(void)`` at an address."""
+
+    def generate(context: Any, builder: Any, _s: Any, args: Any) -> Any:
+        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@inner
+def piece(a, u, k):
+    """Rows and columns of chunk k of strip u: (first row, last row, first column in a row, number of columns)."""
+    segments = a[SEGMENTS]
+    group, part = k // segments, k % segments
+    first_row = group * a[CHUNK_ROWS]
+    last_row = min(first_row + a[CHUNK_ROWS], a[ROWS])
+    left = u * a[WIDTH]
+    right = min(left + a[WIDTH], a[COLUMNS])
+    left += part * a[SEGMENT]
+    return first_row, last_row, left, min(a[SEGMENT], right - left)
+
+
+def kernel(
+    reduce: Callable[..., Any], finish: Callable[..., Any], apply: Callable[..., Any], partial_columns: bool
+) -> Callable[[int], None]:
+    """The function that a thread team runs: every thread takes an equal share of the strips or of their chunks.
+
+    Args:
+        reduce: ``(a, u, k, partials, scratch)`` sums chunk k of strip u.
+        finish: ``(a, u, partials)`` turns the sums of strip u into per-channel numbers.
+        apply: ``(a, u, k, scratch)`` writes chunk k of strip u.
+        partial_columns: one partial sum per column instead of one per strip.
+    """
+
+    def run(record):
+        a = carray(record, (SLOTS,), np.int64)
+        thread, threads = np.int64(0), np.int64(1)
+        if a[NUM_THREADS] != 0:
+            thread, threads = call_int(a[THREAD_NUM]), call_int(a[NUM_THREADS])
+        units, chunks = a[UNITS], a[CHUNKS]
+        scratch = a[SCRATCH] + thread * a[SCRATCH_BYTES]
+        sums_bytes = 16 * chunks * (a[WIDTH] if partial_columns else 1)
+        first_unit, last_unit = units * thread // threads, units * (thread + 1) // threads
+        if a[BLOCKED] == 0:
+            # the sums of a strip lie at the end of the private memory
+            partials = scratch + a[SCRATCH_BYTES] - sums_bytes
+            for u in range(first_unit, last_unit):
+                if a[REDUCE] != 0:
+                    for k in range(chunks):
+                        reduce(a, u, k, partials, scratch)
+                finish(a, u, partials)
+                if a[APPLY] != 0:
+                    for k in range(chunks):
+                        apply(a, u, k, scratch)
+            return
+        tasks = units * chunks
+        first_task, last_task = tasks * thread // threads, tasks * (thread + 1) // threads
+        if a[REDUCE] != 0:
+            for task in range(first_task, last_task):
+                u = task // chunks
+                reduce(a, u, task - u * chunks, a[PARTIALS] + u * sums_bytes, scratch)
+            if a[BARRIER] != 0:
+                call_void(a[BARRIER])
+        for u in range(first_unit, last_unit):
+            finish(a, u, a[PARTIALS] + u * sums_bytes)
+        if a[BARRIER] != 0:
+            call_void(a[BARRIER])
+        if a[APPLY] != 0:
+            for task in range(first_task, last_task):
+                u = task // chunks
+                apply(a, u, task - u * chunks, scratch)
+
+    return run

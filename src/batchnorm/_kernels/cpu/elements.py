@@ -1,0 +1,129 @@
+"""How elements are read and written: addresses, bits, and the storage type of bfloat16."""
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.compiler import Compiler
+from numba.extending import intrinsic
+
+carray: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage]
+
+
+class WithoutAliases(Compiler):
+    """Compile a function for arrays that share no memory: without checks at run time there is no limit of arrays."""
+
+    def __init__(self, typing: Any, target: Any, library: Any, args: Any, result: Any, flags: Any, locals: Any) -> None:
+        flags = flags.copy()
+        flags.noalias = True
+        super().__init__(typing, target, library, args, result, flags, locals)
+
+
+# What may be reordered: sums, for SIMD. NaN and inf keep their meaning, so the flags "nnan" and "ninf" are not here.
+REORDER = {"reassoc", "contract", "nsz", "arcp"}
+
+
+# A kernel is one piece of code: what it calls is part of it. Otherwise two kernels that were compiled in different
+# processes, and define helpers under one name, would meet in the linker.
+INSIDE = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
+
+
+def inner(function: Any) -> Any:
+    """Compile a part of a kernel, as it is written."""
+    return njit(**INSIDE)(function)
+
+
+def fused(function: Any) -> Any:
+    """Compile a formula: multiplication and addition may be one operation."""
+    return njit(fastmath={"contract"}, **INSIDE)(function)
+
+
+def simd(function: Any) -> Any:
+    """Compile an inner loop over arrays that share no memory."""
+    return njit(fastmath=REORDER, pipeline_class=WithoutAliases, **INSIDE)(function)
+
+
+def primitive(generate: Any) -> Any:
+    """A function that is a few LLVM instructions."""
+    return intrinsic(generate)
+
+
+@primitive
+def pointer(_context: Any, address: Any) -> Any:
+    """A memory address as ``numba.carray`` takes it."""
+    return types.voidptr(types.int64), lambda _c, builder, _s, args: builder.inttoptr(args[0], cgutils.voidptr_t)
+
+
+@primitive
+def bits_of(_context: Any, value: Any) -> Any:
+    """The bits of a float32 as uint32."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+@primitive
+def float_of(_context: Any, bits: Any) -> Any:
+    """The float32 with the given bits."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
+@primitive
+def number(_context: Any, slot: Any) -> Any:
+    """A slot of the record as the float64 that was packed into it."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float64))
+
+    return types.float64(types.int64), generate
+
+
+def picker(per_column: bool) -> Any:
+    """``at(value, i)``: the number for column i, or the one number for all columns."""
+    if per_column:
+
+        @inner
+        def at(value, i):
+            return value[i]
+
+    else:
+
+        @inner
+        def at(value, i):
+            return value
+
+    return at
+
+
+@inner
+def same(value):
+    return value
+
+
+@inner
+def from_bfloat16(stored):
+    return float_of(np.uint32(stored) << np.uint32(16))
+
+
+@inner
+def to_bfloat16(value):
+    """Round to nearest, ties to even."""
+    bits = bits_of(value)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(0x7FC0) if value != value else np.uint16(rounded)
+
+
+# dtype name: (how it lies in memory, what it is computed in, read, write)
+ELEMENTS = {
+    "float32": (np.float32, np.float32, same, same),
+    "float64": (np.float64, np.float64, same, same),
+    "bfloat16": (np.uint16, np.float32, from_bfloat16, to_bfloat16),
+}

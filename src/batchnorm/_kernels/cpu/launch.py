@@ -1,0 +1,95 @@
+"""Compile kernels at first use, and run them."""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from struct import Struct
+from typing import Any, NamedTuple
+
+from numba.core import sigutils
+from numba.core.ccallback import CFunc
+
+from batchnorm._kernels.cpu.backward import backward, frozen
+from batchnorm._kernels.cpu.cache import CompiledKernel
+from batchnorm._kernels.cpu.forward import forward
+from batchnorm._kernels.cpu.geometry import Geometry, cut
+from batchnorm._kernels.cpu.team import POOL, SERIAL, scratch, team_size
+
+# Below this many elements, waking threads costs more than they save.
+SERIAL_ELEMENTS = 24576
+# Strips are shared between threads where there are too few of them to give every thread the same work.
+STRIPS_PER_THREAD = 4
+
+FACTORIES: dict[str, Callable[..., Callable[[int], None]]] = {
+    "forward": forward,
+    "backward": backward,
+    "frozen": frozen,
+}
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel: its address, and a function that calls it without the interpreter lock."""
+
+    address: int
+    call: Callable[[bytes], None]
+
+
+KERNELS: dict[tuple[Any, ...], Kernel] = {}
+COMPILING = threading.Lock()
+
+
+def kernel(direction: str, form: str, dtype: str, activation: str | None, residual: bool, mask: bool) -> Kernel:
+    """The kernel for one kind of call: compiled, or read from the cache, when it is first asked for."""
+    key = (direction, form, dtype, activation, residual, mask)
+    found = KERNELS.get(key)
+    if found is not None:
+        return found
+    with COMPILING:
+        if key not in KERNELS:
+            KERNELS[key] = compiled(FACTORIES[direction](*key[1:]), "_".join(map(str, key)))
+        return KERNELS[key]
+
+
+def compiled(function: Callable[[int], None], name: str) -> Kernel:
+    function.__name__ = function.__qualname__ = name
+    signature = sigutils.normalize_signature("void(voidptr)")
+    callback: Any = CFunc(function, signature, {}, {"nopython": True, "error_model": "numpy"})
+    callback._cache = CompiledKernel(name)
+    callback.compile()
+    return Kernel(callback.address, ctypes.CFUNCTYPE(None, ctypes.c_char_p)(callback.address))
+
+
+class Plan(NamedTuple):
+    """What is known from the shape alone."""
+
+    geometry: Geometry
+    header: bytes
+    values_per_channel: int
+    parallel: bool
+
+
+@lru_cache(maxsize=4096)
+def plan(samples: int, channels: int, positions: int, channels_last: bool) -> Plan:
+    """The plan for a tensor of ``samples`` x ``channels`` x ``positions``, none of them 0."""
+    geometry = cut(samples, channels, positions, channels_last)
+    count = samples * positions
+    return Plan(geometry, Struct("12q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS)
+
+
+RUN = Struct("3q").pack
+
+
+def run(kernel: Kernel, plan: Plan, fields: bytes) -> None:
+    """Run a kernel on a record whose last part is ``fields``, from REDUCE on."""
+    geometry = plan.geometry
+    threads = team_size() if plan.parallel else 1
+    if threads == 1 or POOL is None:
+        memory = scratch.at_least(geometry.scratch_bytes)
+        kernel.call(b"".join((plan.header, SERIAL, RUN(0, memory, 0), fields)))
+        return
+    private = threads * geometry.scratch_bytes
+    blocked = geometry.units < STRIPS_PER_THREAD * threads and geometry.units % threads != 0
+    memory = scratch.at_least(private + (geometry.partial_bytes if blocked else 0))
+    record = b"".join((plan.header, POOL.addresses, RUN(blocked, memory, memory + private), fields))
+    POOL.start(kernel.address, record, threads, 0)
