@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 from torch.fx.graph import inplace_methods
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +22,7 @@ from batchnorm.surgery.calls import Argument, arguments_or_none, copy_structure,
 # a graph forgets them: recomputation, modes of the caller, what is written elsewhere
 UNSEEN = ("checkpoint", "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "print")
 # a proxy answers them as no tensor would
-ASKING = ("type", "hasattr", "getattr", "callable", "id")
+ASKING = ("type", "callable", "id")
 LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD")
 METADATA = {
     "shape",
@@ -65,6 +65,11 @@ class BlockProxy(Proxy):
         if asking.f_code.co_name == "is_tensor" or (not inside_torch and "isinstance" in asking.f_code.co_names):
             raise CannotTraceError("its forward asks for the type of a value")
         return BlockProxy
+
+    def __getattr__(self, name: str) -> Proxy:
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return super().__getattr__(name)
 
     def __int__(self) -> int:
         return self.tracer.to_int(self)  # pyright: ignore[reportAttributeAccessIssue]
