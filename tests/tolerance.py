@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from batchnorm.benchmarks.correctness import budget, largest_error
+
 
 def assert_within_budget(actual: Tensor, baselines: Sequence[Tensor], exact: Tensor, name: str = "result") -> None:
     """Compare one tensor with its float64 value; inf and NaN must stand where a baseline has them."""
@@ -23,11 +25,8 @@ def assert_within_budget(actual: Tensor, baselines: Sequence[Tensor], exact: Ten
     if not finite.any():
         return
     error = largest_error(actual, exact, finite)
-    budget = 2 * (
-        max(largest_error(baseline, exact, finite) for baseline in baselines)
-        + torch.finfo(actual.dtype).eps * exact[finite].abs().max().item()
-    )
-    assert error <= budget, f"{name}: error {error:.3g} exceeds the budget {budget:.3g}"
+    allowed = budget(baselines, exact, actual.dtype, finite)
+    assert error <= allowed, f"{name}: error {error:.3g} exceeds the budget {allowed:.3g}"
 
 
 def assert_same_nonfinite(actual: Tensor, baselines: Sequence[Tensor], name: str) -> None:
@@ -36,10 +35,6 @@ def assert_same_nonfinite(actual: Tensor, baselines: Sequence[Tensor], name: str
 
     same = [torch.equal(pattern(actual.detach()), pattern(baseline.detach())) for baseline in baselines]
     assert any(same), f"{name}: inf or NaN stand elsewhere than in the baseline:\n{actual}\n{baselines[0]}"
-
-
-def largest_error(tensor: Tensor, exact: Tensor, where: Tensor) -> float:
-    return (tensor.detach().double() - exact)[where].abs().max().item()
 
 
 def results_and_gradients(f: Callable[..., Sequence[Tensor]], grad_output: Tensor, *tensors: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from batchnorm.errors import BatchNormError
 
 # name: module and attribute, short help. The module is imported only when the command runs, so --help needs no torch.
 COMMANDS = {
+    "bench": ("batchnorm.cli.bench", "bench", "Measure the layers against torch, torch.compile and JAX."),
     "env": ("batchnorm.cli.env", "env", "Show the machine, the versions and the kernels that results depend on."),
     "report": ("batchnorm.cli.report", "report", "Rebuild the figures and the page of a run from its data."),
     "reproduce": (
