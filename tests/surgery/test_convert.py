@@ -239,6 +239,13 @@ def test_an_exception_while_classes_change_leaves_the_model_as_it_was(monkeypatc
     assert state(model) == before
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_where_convert_is_called_does_not_matter(context):
+    with context():
+        _, changes = batchnorm.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    assert changes[0].what == "absorbed relu"
+
+
 @pytest.mark.parametrize("function", [batchnorm.convert, batchnorm.revert])
 def test_what_is_not_a_module_is_a_type_error(function):
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got builtins.int"):

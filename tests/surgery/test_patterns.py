@@ -320,7 +320,26 @@ def checkpoints(self, x):
     return torch.utils.checkpoint.checkpoint(lambda x: F.relu(self.bn1(x)), x, use_reentrant=False)
 
 
+def asks_for_the_mode_of_a_layer(self, x):
+    y = self.bn1(x)
+    return F.relu(y) if self.bn1.training else F.relu(y) * 2
+
+
+def prints_in_a_helper(self, x):
+    return self.helper(F.relu(self.bn1(x)))
+
+
+def helper(self, x):
+    print(end="")
+    return x
+
+
+Net.helper = helper
+
+
 CANNOT_FOLLOW = {
+    asks_for_the_mode_of_a_layer: "the mode of another module",
+    prints_in_a_helper: "uses print",
     mode_decides: "",
     counts: "changes attributes",
     counts_in_a_buffer: None,
@@ -392,6 +411,44 @@ def test_example_tells_the_arguments_of_a_block():
     _, changes = batchnorm.convert(model, (x,))
     assert changes[2].what == "absorbed relu"
     assert_same_model(original, model, x)
+
+
+def test_container_whose_modules_are_called_one_by_one():
+    def forward(self, x):
+        for module in self.parts:
+            x = module(x)
+        return x
+
+    model = net(forward, parts=nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()))
+    for example in (None, torch.randn(4, C, 6, 6)):
+        again = copy.deepcopy(model)
+        assert converted(again, example=example)["parts.1"] == ("absorbed relu", "")
+        assert "forward" in vars(again)
+        assert "forward" not in vars(again.parts)
+
+
+def test_blocks_that_take_lists_are_followed_from_outside():
+    inner = net(lambda self, xs: self.relu(self.bn1(self.conv1(xs[0] + xs[1]))))
+    model = net(lambda self, x: self.inner([x, x]), inner=inner)
+    assert converted(model)["inner.bn1"] == ("absorbed relu", "")
+    assert "forward" in vars(model)
+    assert "forward" not in vars(model.inner)
+
+
+def test_weights_that_are_computed_are_no_obstacle():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(C, C, 1))
+    model = nn.Sequential(conv, nn.BatchNorm2d(C), nn.ReLU())
+    assert converted(model)["1"] == ("absorbed relu", "")
+
+
+def test_attributes_that_a_forward_reads_from_its_modules_may_change():
+    model = net(lambda self, x: F.relu(self.bn1(x)) * self.drop.p, drop=nn.Dropout(0.5))
+    original = copy.deepcopy(model)
+    assert converted(copy.deepcopy(model))["bn1"] == ("absorbed relu", "")
+    batchnorm.convert(model)
+    for m in (model, original):
+        m.drop.p = 0.25
+    assert_same_model(original, model, torch.randn(4, C, 6, 6))
 
 
 @pytest.mark.parametrize("name", ["if", "a b", 'a"b'])

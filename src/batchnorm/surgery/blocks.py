@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from batchnorm.surgery.activations import activation_of_module
-from batchnorm.surgery.calls import Argument, UnusualCallError, usual_arguments
+from batchnorm.surgery.calls import Argument, Calls, UnusualCallError, usual_arguments
 from batchnorm.surgery.fused import FusedForward, Program, has_hooks
 from batchnorm.surgery.patterns import LEAVES, Match, absorb, match
 from batchnorm.surgery.tracing import CannotTraceError, Trace, trace
@@ -27,23 +27,30 @@ class Search:
     layers: dict[str, nn.Module]
     # those of the layers that blocks of an earlier search have fused
     fused: set[str]
-    calls: dict[str, tuple[Argument, ...]]
     what: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     forwards: list[FusedForward] = field(default_factory=list)
+    calls: Calls = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = {id(layer): name for name, layer in self.layers.items()}
         self.open = set(self.layers) - self.fused
 
-    def run(self) -> None:
-        """From the innermost blocks to the model itself."""
+    def run(self, calls: Calls) -> None:
+        """From the innermost blocks to the model itself; ``calls`` is what is known about how they are called."""
+        self.calls = calls
         for name, block in reversed(list(self.model.named_modules())):
             inside = [
                 found for m in block.modules() if m is not block and (found := self.names.get(id(m))) in self.open
             ]
-            if inside and has_own_forward(block):
+            if inside and has_own_forward(block) and not self.is_bypassed(name):
                 self.look_into(name, block, [layer for layer in inside if layer is not None])
+
+    def is_bypassed(self, name: str) -> bool:
+        """Whether a block is called with what no graph takes, or not at all, but modules in it are."""
+        if name in self.calls:
+            return self.calls[name] is None
+        return bool(name) and name not in self.calls and any(call.startswith(f"{name}.") for call in self.calls)
 
     def look_into(self, name: str, block: nn.Module, inside: list[str]) -> None:
         label = f"{name or 'the model'} ({type(block).__name__})"

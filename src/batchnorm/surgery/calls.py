@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
@@ -28,6 +29,10 @@ class Argument:
     is_tensor: bool
     value: Any = None
     shape: Tensor | None = None
+
+
+# by the name of the module; None where a call cannot be described so
+Calls = dict[str, tuple[Argument, ...] | None]
 
 
 class UnusualCallError(Exception):
@@ -73,8 +78,12 @@ def stand_in(value: Any) -> Tensor | None:
 def copy_structure(model: nn.Module) -> nn.Module:
     """A copy without values and hooks, so that whatever runs on it reaches neither the model nor its observers."""
     memo = without_hooks(model)
-    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    for parameter in model.parameters():
+        if not is_lazy(parameter):
+            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    others = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    for tensor in [*model.buffers(), *others]:
+        memo.setdefault(id(tensor), tensor if is_lazy(tensor) else torch.empty_like(tensor.detach(), device="meta"))
     return copy.deepcopy(model, memo)
 
 
@@ -83,21 +92,21 @@ def without_hooks(model: nn.Module) -> dict[int, Any]:
     return {id(vars(m)[name]): OrderedDict() for m in model.modules() for name in HOOKS if name in vars(m)}
 
 
-def calls_of_example(model: nn.Module, example: Any) -> dict[str, tuple[Argument, ...]]:
+def calls_of_example(model: nn.Module, example: Any) -> Calls:
     """Run a copy of the model on an example, in evaluation mode, and see how each module is first called."""
     args, kwargs = as_call(example)
     again = copy.deepcopy(model, without_hooks(model)).eval()
-    calls: dict[str, Any] = {"": arguments_or_none(again, args, kwargs)}
+    calls: Calls = {"": arguments_or_none(again, args, kwargs)}
     for name, module in again.named_modules():
         if name:
             note = partial(note_call, calls, name)
             module.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         again(*args, **kwargs)
-    return {name: call for name, call in calls.items() if call}
+    return calls
 
 
-def note_call(calls: dict[str, Any], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+def note_call(calls: Calls, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
     calls.setdefault(name, arguments_or_none(module, args, kwargs))
 
 

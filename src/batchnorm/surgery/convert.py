@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from batchnorm.surgery.blocks import Search
-from batchnorm.surgery.calls import calls_of_example
+from batchnorm.surgery.calls import Calls, calls_of_example
 from batchnorm.surgery.changes import Change, Changes
 from batchnorm.surgery.fused import OWN_ATTRIBUTES, FusedForward
 from batchnorm.surgery.layers import is_batch_norm, is_ours, restore, swap, why_left_alone
@@ -62,9 +63,11 @@ def convert(model: nn.Module, example: Any = None, *, fuse: bool = True) -> tupl
     why = {name: why_left_alone(layer) for name, layer in layers.items() if not is_ours(layer)}
     usable = {name: layer for name, layer in layers.items() if not why.get(name)}
     fused = {name for name, layer in usable.items() if id(layer) in done}
-    search = Search(model, usable, fused, known_calls(model, example, layers) if fuse and usable else {})
-    if fuse:
-        search.run()
+    search = Search(model, usable, fused)
+    if fuse and usable:
+        # as a model is trained, wherever convert is called
+        with torch.inference_mode(False), torch.enable_grad():
+            search.run(known_calls(model, example, layers))
     changes = Changes(describe(name, layer, why, done, search) for name, layer in layers.items())
     with all_or_nothing() as undo:
         for layer in usable.values():
@@ -127,7 +130,7 @@ def check(model: object) -> None:
             raise ValueError(f"{what} is compiled: convert the original, then call torch.compile on the result")
 
 
-def known_calls(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> dict[str, Any]:
+def known_calls(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Calls:
     """How the modules of the model are called: seen on the example, or in a graph of the whole model."""
     if example is not None:
         try:

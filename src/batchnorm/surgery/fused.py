@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from batchnorm.nn.batchnorm import FusedBatchNorm
 from batchnorm.reference import ACTIVATIONS
 from batchnorm.surgery.calls import CONSTANTS, Argument
+from batchnorm.surgery.code import reads_submodules
+from batchnorm.surgery.layers import is_batch_norm, is_ours
 
 # what a fused block keeps in the instance
 OWN_ATTRIBUTES = ("forward", "_replicate_for_data_parallel")
@@ -146,7 +147,9 @@ class FusedForward:
         self.snapshots = [Snapshot(module) for module in inlined]
         # a layer is asked for its attributes at every call; what it absorbed is not
         passed_over = [module for module in unseen if module not in inlined and module not in self.layers]
-        self.snapshots += [Snapshot(module, any_mode=True) for module in passed_over]
+        read = [child for module in inlined if reads_submodules(module) for child in module.children()]
+        others = dict.fromkeys([*passed_over, *(m for m in read if m not in inlined and not is_batch_norm(m))])
+        self.snapshots += [Snapshot(module, any_mode=True) for module in others]
         self.absorbed = list(absorbed.values())
 
     def install(self) -> None:
@@ -202,7 +205,7 @@ class FusedForward:
         return (
             not torch_module._has_any_global_hook()
             and not any(has_hooks(module) for module in self.unseen)
-            and all(isinstance(m, FusedBatchNorm) and "forward" not in m.__dict__ for m in self.layers)
+            and all(is_ours(m) and "forward" not in m.__dict__ for m in self.layers)
         )
 
 

@@ -1,13 +1,12 @@
 """The graph of a module's forward by torch.fx, taken from a copy, or the reason why a graph would not be the same."""
 
-import dis
 import operator
 import pickle
 import random
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +16,9 @@ from torch.fx.graph import inplace_methods
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.surgery.calls import Argument, arguments_or_none, copy_structure, usual_arguments
+from batchnorm.surgery.calls import Argument, Calls, arguments_or_none, copy_structure, usual_arguments
+from batchnorm.surgery.code import why_unseen
 
-# a graph forgets them: recomputation, modes of the caller, what is written elsewhere
-UNSEEN = ("checkpoint", "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "print")
-# a proxy answers them as no tensor would
-ASKING = ("type", "callable", "id")
-LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD")
 METADATA = {
     "shape",
     "ndim",
@@ -47,12 +42,11 @@ class CannotTraceError(Exception):
 
 @dataclass
 class Trace:
-    """A graph, the modules whose code it replaces, the branches it took, and how the modules below are called."""
+    """A graph, the modules whose code it replaces, and the branches it took."""
 
     graph: Graph
     inlined: list[str]
     branches: list[tuple[Node, bool | int]]
-    calls: dict[str, tuple[Argument, ...]] = field(default_factory=dict)
 
 
 class BlockProxy(Proxy):
@@ -66,7 +60,7 @@ class BlockProxy(Proxy):
             raise CannotTraceError("its forward asks for the type of a value")
         return BlockProxy
 
-    def __getattr__(self, name: str) -> Proxy:
+    def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return super().__getattr__(name)
@@ -105,7 +99,7 @@ class BlockTracer(Tracer):
         self.is_leaf = is_leaf
         self.inlined: list[str] = [""]
         self.branches: list[tuple[Node, bool | int]] = []
-        self.calls: dict[str, Any] = {}
+        self.calls: Calls = {}
         self.modes = modes_of_the_caller()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -209,10 +203,10 @@ def trace(
     check_graph(graph, module)
     if any(before[id(m)] != after[id(m)] for m in inlined):
         raise CannotTraceError("its forward changes attributes of the module")
-    return Trace(graph, tracer.inlined, tracer.branches, {k: v for k, v in tracer.calls.items() if v})
+    return Trace(graph, tracer.inlined, tracer.branches)
 
 
-def calls_of_trace(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> dict[str, tuple[Argument, ...]]:
+def calls_of_trace(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> Calls:
     """How the modules of a model are called, as far as torch.fx can follow it."""
     try:
         again = copy_structure(model).eval()
@@ -229,7 +223,7 @@ def calls_of_trace(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) 
         pass
     finally:
         restore_chance(chance)
-    return {name: call for name, call in tracer.calls.items() if call}
+    return tracer.calls
 
 
 def state_of_chance() -> tuple[Any, ...]:
@@ -260,12 +254,9 @@ def check_code(modules: list[nn.Module]) -> None:
     for module in modules:
         if "forward" in vars(module) and not hasattr(module.forward, "block"):
             raise CannotTraceError("its forward is replaced on the instance")
-        code = getattr(type(module).forward, "__code__", None)
-        used = [] if code is None else [i.argval for i in dis.get_instructions(code) if i.opname in LOADS]
-        asks = [] if code is None else [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
-        unseen = [name for name in UNSEEN if name in used] + [name for name in ASKING if name in asks]
-        if unseen:
-            raise CannotTraceError(f"its forward uses {unseen[0]}")
+        reason = why_unseen(module)
+        if reason:
+            raise CannotTraceError(reason)
 
 
 def check_calls(module: nn.Module) -> None:
