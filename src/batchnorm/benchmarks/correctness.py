@@ -31,14 +31,15 @@ def without_gradient_near_bends(case: Case, inputs: Inputs) -> Inputs:
     x, residual, _, weight, bias, _, _ = doubled(inputs)
     z = reference.batch_norm_train(x, weight, bias, residual=residual, eps=EPS).output
     # rounding decides on which side of a bend they lie
-    near = half_of_the_digits(inputs.x.dtype)
+    near = third_of_the_digits(inputs.x.dtype)
     for bend in bends:
         inputs.grad_output[(z - bend).abs() < near] = 0
     return inputs
 
 
-def half_of_the_digits(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps ** 0.5
+def third_of_the_digits(dtype: torch.dtype) -> float:
+    """Relative; torch's own sum over 4 million values in float32 has lost half of them."""
+    return torch.finfo(dtype).eps ** (1 / 3)
 
 
 def doubled(inputs: Inputs) -> Inputs:
@@ -84,9 +85,9 @@ def beyond_budget(
 
 
 def another_function(names: Sequence[str], actual: Sequence[Tensor], exact: Sequence[Tensor]) -> str | None:
-    """Why a peer does not compute the same: half of the dtype's digits must agree."""
+    """Why a peer does not compute the same: a third of the dtype's digits must agree."""
     for name, result, true in zip(names, actual, exact, strict=True):
         error = largest_error(result, true)
-        if not error <= half_of_the_digits(result.dtype) * max(true.abs().max().item(), 1.0):
+        if not error <= third_of_the_digits(result.dtype) * max(true.abs().max().item(), 1.0):
             return f"{name} is off by {error:.3g}"
     return None

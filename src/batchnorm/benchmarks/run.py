@@ -111,7 +111,7 @@ def checked_runners(
         except Exception as error:
             wrong = one_line(error)
         else:
-            if name == TORCH:
+            if name == TORCH and wrong is None:
                 baselines.append(results)
             if wrong is None and (name == OURS or name in peers):
                 runners[name] = runner

@@ -107,7 +107,7 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
 def different_scores(plain: nn.Module, converted: nn.Module) -> str | None:
     """Compare scores in training mode with the unconverted network in float64; neither network is changed.
 
-    Rounding grows with every layer, so half of the digits must agree; the layers by themselves are held to more.
+    Rounding grows with every layer, so a third of the digits must agree; the layers by themselves are held to more.
     """
     images = torch.randn(CHECKED_BATCH, 3, CHECKED_SIZE, CHECKED_SIZE)
     with torch.no_grad():

@@ -188,7 +188,8 @@ class Counter:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-            self.bars = Progress(*columns, console=Console(stderr=True))
+            # drawn only between cases: a thread that redraws would take its time from what is measured
+            self.bars = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
             self.bars.start()
             self.task = self.bars.add_task("", total=self.total)
         return self
@@ -201,7 +202,7 @@ class Counter:
 
     def begin(self, name: str) -> None:
         if self.bars is not None:
-            self.bars.update(self.task, description=name)
+            self.bars.update(self.task, description=name, refresh=True)
 
     def end(self, name: str, lines: Sequence[str]) -> None:
         self.done += 1
