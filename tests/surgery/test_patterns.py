@@ -209,6 +209,7 @@ NOT_ABSORBED = {
     "slope": (lambda self, x: F.leaky_relu(self.bn1(x), 0.2), "leaky_relu follows"),
     "alpha": (lambda self, x: F.elu(self.bn1(x), alpha=0.5), "elu follows"),
     "gelu": (lambda self, x: F.gelu(self.bn1(x), approximate="tanh"), "gelu follows"),
+    "scale": (lambda self, x: F.elu_(self.bn1(x), 1.0, 2.0), "elu_ follows"),
     "alpha of the addition": (lambda self, x: F.relu(torch.add(self.bn1(x), x, alpha=2)), "further arguments"),
     "number": (lambda self, x: F.relu(self.bn1(x) + 1), "a number is added"),
     "parameter": (lambda self, x: F.relu(self.bn1(x) + self.scale), "a parameter or a buffer is added"),
@@ -370,6 +371,13 @@ def test_a_forward_that_no_graph_can_replace_is_left_alone(forward, reason):
         assert reason in changes[0].reason
     if forward is not stochastic_depth:
         converted(model)
+
+
+def test_a_forward_that_is_replaced_on_the_instance_is_left_alone():
+    model = net(lambda self, x: F.relu(self.bn1(x)))
+    model.forward = lambda x: model.conv1(x)
+    _, changes = batchnorm.convert(model)
+    assert "replaced on the instance" in changes[0].reason
 
 
 def test_call_of_a_class_is_not_run_twice():

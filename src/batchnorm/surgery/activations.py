@@ -49,8 +49,11 @@ def activation_of_node(node: Node, modules: dict[str, nn.Module]) -> str | None:
         name = METHODS.get(str(node.target)) if node.op == "call_method" else None
     if name is None:
         return None
-    given = dict(zip(("input", *PARAMETERS.get(name, ("inplace",))), node.args, strict=False)) | node.kwargs
-    return name if all(given[key] == value for key, value in DEFAULTS.items() if key in given) else None
+    names = ("input", *PARAMETERS.get(name, ("inplace",)))
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    understood = len(node.args) <= len(names) and given.keys() <= set(names)
+    usual = all(given[key] == value for key, value in DEFAULTS.items() if key in given)
+    return name if understood and usual and isinstance(given.get("inplace", False), bool) else None
 
 
 def activation_of_module(module: nn.Module) -> str | None:

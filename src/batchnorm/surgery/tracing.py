@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.surgery.calls import Argument, Calls, arguments_or_none, copy_structure, usual_arguments
 from batchnorm.surgery.code import why_unseen
+from batchnorm.surgery.fused import FusedForward
 
 METADATA = {
     "shape",
@@ -252,7 +254,7 @@ def held(value: Any) -> Any:
 
 def check_code(modules: list[nn.Module]) -> None:
     for module in modules:
-        if "forward" in vars(module) and not hasattr(module.forward, "block"):
+        if not isinstance(vars(module).get("forward"), (NoneType, FusedForward)):
             raise CannotTraceError("its forward is replaced on the instance")
         reason = why_unseen(module)
         if reason:
