@@ -66,7 +66,15 @@ def with_own_forward() -> nn.Module:
     return layer
 
 
+def with_activation(activation) -> nn.Module:
+    layer = nn.BatchNorm2d(3)
+    layer.activation = activation
+    return layer
+
+
 LEFT_ALONE = [
+    (with_activation(nn.Tanh()), "an attribute 'activation' of its own"),
+    (with_activation("relu"), "an attribute 'activation' of its own"),
     (nn.SyncBatchNorm(3), "SyncBatchNorm"),
     (nn.LazyBatchNorm2d(), "call the model once"),
     (OtherForward(3), "OtherForward is not, or changes, a layer of torch.nn"),

@@ -47,7 +47,8 @@ def convert(model: nn.Module, example: Any = None, *, fuse: bool = True) -> tupl
         Whatever is raised, the model is as before.
 
     Limits: what a forward does besides computing its outputs from arguments and attributes (writing to globals or
-    files) and changes inside mutable attributes (lists, configurations) are not seen.
+    files) and changes inside mutable attributes (lists, configurations) are not seen. An activation module that is not
+    torch's is recognized by its values and gradients at many points. ``copy.copy`` of a fused block runs the original.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2), nn.BatchNorm1d(2))

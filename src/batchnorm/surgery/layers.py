@@ -51,6 +51,9 @@ def why_left_alone(layer: nn.Module) -> str:
         return "it is parametrized: convert before registering the parametrization"
     if class_of_ours(layer) is None:
         return f"its class {cls.__module__}.{cls.__qualname__} is not, or changes, a layer of torch.nn"
+    taken = [name for name in (*OWN_ATTRIBUTES, "converted_from") if hasattr(layer, name)]
+    if taken:
+        return f"it has an attribute {taken[0]!r} of its own, which means something else in our layers"
     replaced = [name for name in vars(layer) if hasattr(nn.BatchNorm2d, name) and callable(getattr(cls, name))]
     if replaced:
         return f"its method {replaced[0]} is replaced on the instance"
