@@ -14,6 +14,7 @@ from torch import Tensor
 from batchnorm._ops import aten
 from batchnorm._ops.double_backward import differentiable_gradients
 from batchnorm._ops.dtypes import as_dtype, dense_format, statistics_dtype
+from batchnorm._ops.memory import empty_like
 from batchnorm.errors import ImplementationError
 from batchnorm.reference import per_channel
 
@@ -109,7 +110,7 @@ def forward(
     geometry = plan.geometry
     dtype = statistics_dtype(input)
     kernel = compiled("forward", geometry.form, DTYPES[input.dtype], activation, residual is not None, masked)
-    output = torch.empty_like(input)
+    output = empty_like(input)
     saved = torch.empty(2 * geometry.channels, dtype=torch.float64)
     mask = torch.empty(geometry.mask_words, dtype=torch.int32) if masked else None
     weight, bias = parameter(weight, dtype), parameter(bias, dtype)
@@ -144,8 +145,8 @@ def backward(
     has_sum = activation is not None and (residual is not None or mask is not None)
     kernel = compiled("backward", geometry.form, DTYPES[input.dtype], activation, has_sum, mask is not None)
     weight, bias = parameter(weight, dtype), parameter(bias, dtype)
-    grad_input = torch.empty_like(input)
-    grad_sum = torch.empty_like(input) if has_sum else None
+    grad_input = empty_like(input)
+    grad_sum = empty_like(input) if has_sum else None
     grad_weight = torch.empty(geometry.channels, dtype=dtype)
     grad_bias = torch.empty(geometry.channels, dtype=dtype)
     sums = torch.empty(2 * geometry.channels, dtype=torch.float64)
@@ -203,8 +204,8 @@ def backward_frozen(
     geometry = plan.geometry
     kernel = compiled("frozen", geometry.form, DTYPES[grad_output.dtype], activation, apart, mask is not None)
     weight = parameter(weight, statistics_dtype(grad_output))
-    grad_input = torch.empty_like(grad_output)
-    grad_sum = torch.empty_like(grad_output) if apart else None
+    grad_input = empty_like(grad_output)
+    grad_sum = empty_like(grad_output) if apart else None
     fields = pack_backward(
         0, 1, RUNNING, plan.values_per_channel, 0.0, 0.0,
         0, 0, address(mask), address(weight), 0, saved.data_ptr(),

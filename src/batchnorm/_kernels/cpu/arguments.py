@@ -16,6 +16,9 @@ Addresses are 0 where a tensor is absent.
     CHUNK_ROWS,
     SEGMENTS,  # pieces of a row, where a row alone is longer than a piece should be
     SEGMENT,  # columns of a segment
+    TILES,  # rows of one channel per column that were joined to one longer row
+    ELEMENTS,
+    STREAM,  # large: what is written is not read again before it left the caches
     SCRATCH_BYTES,  # private memory of a thread
     # the thread pool: addresses of its functions, 0 for a serial run
     THREAD_NUM,
@@ -52,6 +55,6 @@ Addresses are 0 where a tensor is absent.
     GRAD_BIAS,
     SUMS,  # float64 (2, C): sum_dy and sum_dy_xmu
     SLOTS,
-) = range(42)
+) = range(45)
 
 BATCH, RUNNING, SAVED_BEFORE = range(3)

@@ -29,16 +29,25 @@ from batchnorm._kernels.cpu.arguments import (
     ROW_STRIDE,
     SAVED,
     SPATIAL,
+    STREAM,
     SUMS,
     WEIGHT,
     WIDTH,
     X,
 )
-from batchnorm._kernels.cpu.driver import kernel, piece
-from batchnorm._kernels.cpu.elements import ELEMENTS, carray, fused, inner, picker, pointer, simd
+from batchnorm._kernels.cpu.driver import kernel, piece, row_columns, streamed
+from batchnorm._kernels.cpu.elements import ELEMENTS, carray, fused, inner, look_ahead, picker, pointer, simd, stream
 from batchnorm._kernels.cpu.forward import affine_expander
+from batchnorm._kernels.cpu.geometry import BLOCK
 from batchnorm._kernels.cpu.masks import mask_words, masker
-from batchnorm._kernels.cpu.statistics import affine_function, channels_of, total_of_columns, total_of_strip
+from batchnorm._kernels.cpu.statistics import (
+    affine_function,
+    channels_of,
+    own_columns,
+    repeat,
+    total_of_columns,
+    total_of_strip,
+)
 
 f8 = np.float64
 
@@ -137,9 +146,9 @@ def gradient_function(dtype: str, activation: str | None, residual: bool, per_co
 
 
 def row_function(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
-    """``reduce_row(a, u, k, row, offset, n, mu, scale, shift, s, q)``: store g where it is kept, and return its sums.
+    """``reduce_row(a, u, k, row, first, offset, n, mu, scale, shift, s, q)``: the sums of a piece of a row.
 
-    With ``per_column`` the sums are added to the arrays s and q.
+    Stores g where it is kept. With ``per_column`` the sums are added to the arrays s and q.
     """
     element, _, read, write = ELEMENTS[dtype]
     stores = keeps_gradient(activation, residual)
@@ -174,13 +183,13 @@ def row_function(dtype: str, activation: str | None, residual: bool, mask: bool,
             return sum_dy, sum_dy_xmu
 
     @inner
-    def reduce_row(a, u, k, row, offset, n, mu, scale, shift, s, q):
+    def reduce_row(a, u, k, row, first, offset, n, mu, scale, shift, s, q):
         x = carray(pointer(a[X] + offset), (n,), element)
         dy = carray(pointer(a[GRAD_OUTPUT] + offset), (n,), element)
         z = carray(pointer(a[RESIDUAL] + offset), (n,), element)
         out = carray(pointer(a[kept] + offset), (n,), element)
         if mask:
-            set_masked(dy, n, mask_words(a, u, k, row), out)
+            set_masked(a[GRAD_OUTPUT] + offset, n, mask_words(a, u, k, row, first), a[kept] + offset)
             return sums(x, out, z, out, n, mu, scale, shift, s, q)
         return sums(x, dy, z, out, n, mu, scale, shift, s, q)
 
@@ -194,15 +203,19 @@ def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) 
     reduce_row = row_function(dtype, activation, residual, mask, per_column=False)
 
     @inner
-    def reduce(a, u, k, partials, scratch):
+    def reduce(a, u, k, partials, scratch, new):
         mu, scale, shift = affine(a, u)
         first_row, last_row, left, n = piece(a, u, k)
-        s, q = 0.0, 0.0
+        s, q, stride = 0.0, 0.0, size * a[ROW_STRIDE]
         for row in range(first_row, last_row):
-            offset = size * (row * a[ROW_STRIDE] + left)
-            row_s, row_q = reduce_row(a, u, k, row, offset, n, mu, scale, shift, 0.0, 0.0)
-            s += row_s
-            q += row_q
+            for first in range(0, n, BLOCK):
+                block = min(BLOCK, n - first)
+                offset = row * stride + size * (left + first)
+                look_ahead(a[X] + offset + stride, size * block)
+                look_ahead(a[GRAD_OUTPUT] + offset + stride, size * block)
+                row_s, row_q = reduce_row(a, u, k, row, first, offset, block, mu, scale, shift, 0.0, 0.0)
+                s += row_s
+                q += row_q
         out = carray(pointer(partials + 16 * k), (2,), np.float64)
         out[0], out[1] = s, q
 
@@ -216,22 +229,28 @@ def reduce_columns(dtype: str, activation: str | None, residual: bool, mask: boo
     reduce_row = row_function(dtype, activation, residual, mask, per_column=True)
 
     @inner
-    def reduce(a, u, k, partials, scratch):
+    def reduce(a, u, k, partials, scratch, new):
         first_row, last_row, left, n = piece(a, u, k)
-        mu, scale, shift = expand(a, left, n, scratch)
+        mu, scale, shift = expand(a, left, n, scratch, new)
         out = partials + 16 * a[WIDTH] * k
         s, q = carray(pointer(out), (n,), np.float64), carray(pointer(out + 8 * a[WIDTH]), (n,), np.float64)
         s[:] = 0.0
         q[:] = 0.0
+        stride = size * a[ROW_STRIDE]
         for row in range(first_row, last_row):
-            reduce_row(a, u, k, row, size * (row * a[ROW_STRIDE] + left), n, mu, scale, shift, s, q)
+            offset = size * (row * a[ROW_STRIDE] + left)
+            if a[STREAM] != 0:
+                look_ahead(a[X] + offset + 2 * stride, size * n)
+                look_ahead(a[GRAD_OUTPUT] + offset + 2 * stride, size * n)
+            reduce_row(a, u, k, row, 0, offset, row_columns(a, row, left, n), mu, scale, shift, s, q)
 
     return reduce
 
 
 def input_gradient_function(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
-    """``apply_row(a, offset, n, mu, scale, shift, of_g, of_x, constant)``: grad_input of one row of a chunk."""
+    """``apply_row(a, offset, n, mu, ..., constant, buffer)``: grad_input of a piece of a row."""
     element, _, read, write = ELEMENTS[dtype]
+    size = np.dtype(element).itemsize
     stored = keeps_gradient(activation, residual)
     in_place = stored and not residual
     source = GRAD_RESIDUAL if stored and residual else GRAD_OUTPUT
@@ -247,11 +266,15 @@ def input_gradient_function(dtype: str, activation: str | None, residual: bool, 
             dx[i] = write(g * at(of_g, i) + (d * slope + at(constant, i)))
 
     @inner
-    def apply_row(a, offset, n, mu, scale, shift, of_g, of_x, constant):
+    def apply_row(a, offset, n, mu, scale, shift, of_g, of_x, constant, buffer):
         x = carray(pointer(a[X] + offset), (n,), element)
         dy = carray(pointer(a[source] + offset), (n,), element)
-        dx = carray(pointer(a[GRAD_INPUT] + offset), (n,), element)
+        target = a[GRAD_INPUT] + offset
+        streams = not in_place and streamed(a, target, size * n)
+        dx = carray(pointer(buffer if streams else target), (n,), element)
         combine(x, dy, dx, n, mu, scale, shift, of_g, of_x, constant)
+        if streams:
+            stream(target, buffer, size * n)
 
     return apply_row
 
@@ -263,13 +286,14 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
     apply_row = input_gradient_function(dtype, activation, residual, mask, per_column=False)
 
     @inner
-    def apply(a, u, k, scratch):
+    def apply(a, u, k, scratch, new):
         _, scale, shift = affine(a, u)
         mu, of_g, of_x, constant = slopes(a, u)
         first_row, last_row, left, n = piece(a, u, k)
         for row in range(first_row, last_row):
-            offset = size * (row * a[ROW_STRIDE] + left)
-            apply_row(a, offset, n, mu, scale, shift, of_g, of_x, constant)
+            for first in range(0, n, BLOCK):
+                offset = size * (row * a[ROW_STRIDE] + left + first)
+                apply_row(a, offset, min(BLOCK, n - first), mu, scale, shift, of_g, of_x, constant, scratch)
 
     return apply
 
@@ -281,20 +305,26 @@ def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool
     apply_row = input_gradient_function(dtype, activation, residual, mask, per_column=True)
 
     @inner
-    def apply(a, u, k, scratch):
+    def apply(a, u, k, scratch, new):
         first_row, last_row, left, n = piece(a, u, k)
-        mu, scale, shift = expand(a, left, n, scratch)
+        mu, scale, shift = expand(a, left, n, scratch, new)
         spatial, width = a[SPATIAL], 8 * a[WIDTH]
         of_g = carray(pointer(scratch + 4 * width), (n,), real)
         of_x = carray(pointer(scratch + 5 * width), (n,), real)
         constant = carray(pointer(scratch + 6 * width), (n,), real)
-        for j in range(n // spatial):
-            _, g, x, c = slopes(a, left // spatial + j)
-            for i in range(j * spatial, (j + 1) * spatial):
-                of_g[i], of_x[i], constant[i] = g, x, c
+        own = own_columns(a, n)
+        if new:
+            for j in range(own // spatial):
+                _, g, x, c = slopes(a, left // spatial + j)
+                for i in range(j * spatial, (j + 1) * spatial):
+                    of_g[i], of_x[i], constant[i] = g, x, c
+            repeat(of_g, own, n)
+            repeat(of_x, own, n)
+            repeat(constant, own, n)
+        buffer = scratch + 7 * width
         for row in range(first_row, last_row):
             offset = size * (row * a[ROW_STRIDE] + left)
-            apply_row(a, offset, n, mu, scale, shift, of_g, of_x, constant)
+            apply_row(a, offset, row_columns(a, row, left, n), mu, scale, shift, of_g, of_x, constant, buffer)
 
     return apply
 
@@ -315,38 +345,43 @@ def frozen(form: str, dtype: str, activation: str | None, residual: bool, mask: 
             dx[i] = write(read(g[i]) * at(of_g, i))
 
     @inner
-    def slope_of_columns(a, left, n, scratch):
+    def slope_of_columns(a, left, n, scratch, new):
         spatial = a[SPATIAL]
         of_g = carray(pointer(scratch), (n,), real)
-        for j in range(n // spatial):
+        if not new:
+            return of_g
+        own = own_columns(a, n)
+        for j in range(own // spatial):
             value = slopes(a, left // spatial + j)[1]
             for i in range(j * spatial, (j + 1) * spatial):
                 of_g[i] = value
+        repeat(of_g, own, n)
         return of_g
 
     @inner
-    def slope_of_strip(a, left, n, scratch):
+    def slope_of_strip(a, left, n, scratch, new):
         return slopes(a, left // a[SPATIAL])[1]
 
     slope = slope_of_columns if per_column else slope_of_strip
 
     @inner
-    def apply(a, u, k, scratch):
+    def apply(a, u, k, scratch, new):
         first_row, last_row, left, n = piece(a, u, k)
-        of_g = slope(a, left, n, scratch)
+        of_g = slope(a, left, n, scratch, new)
         for row in range(first_row, last_row):
             offset = size * (row * a[ROW_STRIDE] + left)
-            dy = carray(pointer(a[GRAD_OUTPUT] + offset), (n,), element)
-            out = carray(pointer(a[kept] + offset), (n,), element)
-            dx = carray(pointer(a[GRAD_INPUT] + offset), (n,), element)
+            m = row_columns(a, row, left, n)
+            dy = carray(pointer(a[GRAD_OUTPUT] + offset), (m,), element)
+            out = carray(pointer(a[kept] + offset), (m,), element)
+            dx = carray(pointer(a[GRAD_INPUT] + offset), (m,), element)
             if mask:
-                set_masked(dy, n, mask_words(a, u, k, row), out)
-                scale_row(out, dx, n, of_g)
+                set_masked(a[GRAD_OUTPUT] + offset, m, mask_words(a, u, k, row, 0), a[kept] + offset)
+                scale_row(out, dx, m, of_g)
             else:
-                scale_row(dy, dx, n, of_g)
+                scale_row(dy, dx, m, of_g)
 
     @inner
-    def nothing(a, u, k, partials, scratch):
+    def nothing(a, u, k, partials, scratch, new):
         pass
 
     @inner

@@ -14,20 +14,23 @@ from batchnorm._kernels.cpu.arguments import (
     CHUNK_ROWS,
     CHUNKS,
     COLUMNS,
+    ELEMENTS,
     NUM_THREADS,
     PARTIALS,
     REDUCE,
+    ROW_STRIDE,
     ROWS,
     SCRATCH,
     SCRATCH_BYTES,
     SEGMENT,
     SEGMENTS,
     SLOTS,
+    STREAM,
     THREAD_NUM,
     UNITS,
     WIDTH,
 )
-from batchnorm._kernels.cpu.elements import carray, inner, primitive
+from batchnorm._kernels.cpu.elements import LINE, carray, inner, primitive
 
 
 @primitive
@@ -65,15 +68,27 @@ def piece(a, u, k):
     return first_row, last_row, left, min(a[SEGMENT], right - left)
 
 
+@inner
+def row_columns(a, row, left, n):
+    """How many of n columns from ``left`` on a row has: the last of joined rows may be shorter."""
+    return min(n, a[ELEMENTS] - row * a[ROW_STRIDE] - left)
+
+
+@inner
+def streamed(a, target, size):
+    """Whether a piece is written past the caches: only whole cache lines can be."""
+    return a[STREAM] != 0 and (target | size) % LINE == 0
+
+
 def kernel(
     reduce: Callable[..., Any], finish: Callable[..., Any], apply: Callable[..., Any], partial_columns: bool
 ) -> Callable[[int], None]:
     """The function that a thread team runs: every thread takes an equal share of the strips or of their chunks.
 
     Args:
-        reduce: ``(a, u, k, partials, scratch)`` sums chunk k of strip u.
+        reduce: ``(a, u, k, partials, scratch, new)`` sums chunk k of strip u; ``new``: the thread comes to this strip.
         finish: ``(a, u, partials)`` turns the sums of strip u into per-channel numbers.
-        apply: ``(a, u, k, scratch)`` writes chunk k of strip u.
+        apply: ``(a, u, k, scratch, new)`` writes chunk k of strip u.
         partial_columns: one partial sum per column instead of one per strip.
     """
 
@@ -92,18 +107,19 @@ def kernel(
             for u in range(first_unit, last_unit):
                 if a[REDUCE] != 0:
                     for k in range(chunks):
-                        reduce(a, u, k, partials, scratch)
+                        reduce(a, u, k, partials, scratch, k == 0)
                 finish(a, u, partials)
                 if a[APPLY] != 0:
                     for k in range(chunks):
-                        apply(a, u, k, scratch)
+                        apply(a, u, k, scratch, k == 0)
             return
         tasks = units * chunks
         first_task, last_task = tasks * thread // threads, tasks * (thread + 1) // threads
         if a[REDUCE] != 0:
             for task in range(first_task, last_task):
                 u = task // chunks
-                reduce(a, u, task - u * chunks, a[PARTIALS] + u * sums_bytes, scratch)
+                k = task - u * chunks
+                reduce(a, u, k, a[PARTIALS] + u * sums_bytes, scratch, k == 0 or task == first_task)
             if a[BARRIER] != 0:
                 call_void(a[BARRIER])
         for u in range(first_unit, last_unit):
@@ -113,6 +129,7 @@ def kernel(
         if a[APPLY] != 0:
             for task in range(first_task, last_task):
                 u = task // chunks
-                apply(a, u, task - u * chunks, scratch)
+                k = task - u * chunks
+                apply(a, u, k, scratch, k == 0 or task == first_task)
 
     return run

@@ -4,6 +4,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.compiler import Compiler
@@ -84,6 +85,52 @@ def number(_context: Any, slot: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(types.float64))
 
     return types.float64(types.int64), generate
+
+
+@primitive
+def prefetch(_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; harmless where nothing is."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        i32, bytes_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [bytes_pointer, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
+        # read, into the second-level cache, data
+        builder.call(function, [builder.inttoptr(args[0], bytes_pointer), i32(0), i32(2), i32(1)])
+        return _c.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+LINE = 64
+
+
+@inner
+def look_ahead(address, size):
+    """Fetch what the next row holds while this one is worked on: the processor foresees nothing across their gap."""
+    for line in range(address, address + size, LINE):
+        prefetch(line)
+
+
+@primitive
+def store_line(_context: Any, target: Any, source: Any) -> Any:
+    """Copy 64 bytes to a line of memory, past the caches."""
+
+    def generate(context: Any, builder: Any, _s: Any, args: Any) -> Any:
+        line = ir.VectorType(ir.IntType(32), 16).as_pointer()
+        value = builder.load(builder.inttoptr(args[1], line), align=4)
+        store = builder.store(value, builder.inttoptr(args[0], line), align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@inner
+def stream(target, source, size):
+    """Copy whole cache lines past the caches: memory need not be read before it is overwritten."""
+    for line in range(0, size, LINE):
+        store_line(target + line, source + line)
 
 
 def picker(per_column: bool) -> Any:

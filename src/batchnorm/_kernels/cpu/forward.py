@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from batchnorm._kernels.cpu.activations import activation_functions
-from batchnorm._kernels.cpu.arguments import RESIDUAL, ROW_STRIDE, SPATIAL, WIDTH, X, Y
-from batchnorm._kernels.cpu.driver import kernel, piece
-from batchnorm._kernels.cpu.elements import ELEMENTS, carray, inner, picker, pointer, simd
+from batchnorm._kernels.cpu.arguments import RESIDUAL, ROW_STRIDE, ROWS, SPATIAL, WIDTH, X, Y
+from batchnorm._kernels.cpu.driver import kernel, piece, row_columns, streamed
+from batchnorm._kernels.cpu.elements import ELEMENTS, carray, inner, look_ahead, picker, pointer, simd, stream
+from batchnorm._kernels.cpu.geometry import BLOCK
 from batchnorm._kernels.cpu.masks import mask_words, packer
-from batchnorm._kernels.cpu.statistics import affine_function, finish_function, shift_function
+from batchnorm._kernels.cpu.statistics import affine_function, finish_function, own_columns, repeat, shift_function
 
 f8 = np.float64
 
@@ -38,15 +39,19 @@ def reduce_rows(dtype: str) -> Any:
         return s, q
 
     @inner
-    def reduce(a, u, k, partials, scratch):
+    def reduce(a, u, k, partials, scratch, new):
         shift = shift_of(a, u)
         first_row, last_row, left, n = piece(a, u, k)
         s, q = 0.0, 0.0
+        stride = size * a[ROW_STRIDE]
         for row in range(first_row, last_row):
-            x = carray(pointer(a[X] + size * (row * a[ROW_STRIDE] + left)), (n,), element)
-            row_s, row_q = sums(x, n, shift)
-            s += row_s
-            q += row_q
+            for first in range(0, n, BLOCK):
+                block = min(BLOCK, n - first)
+                x = a[X] + size * (left + first) + row * stride
+                look_ahead(x + stride, size * block)
+                row_s, row_q = sums(carray(pointer(x), (block,), element), block, shift)
+                s += row_s
+                q += row_q
         out = carray(pointer(partials + 16 * k), (2,), np.float64)
         out[0], out[1] = s, q
 
@@ -60,18 +65,21 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
     write_row = row_writer(dtype, activation, residual, mask, per_column=False)
 
     @inner
-    def apply(a, u, k, scratch):
+    def apply(a, u, k, scratch, new):
         mu, scale, shift = affine(a, u)
         first_row, last_row, left, n = piece(a, u, k)
         for row in range(first_row, last_row):
-            write_row(a, u, k, row, size * (row * a[ROW_STRIDE] + left), n, mu, scale, shift)
+            for first in range(0, n, BLOCK):
+                offset = size * (row * a[ROW_STRIDE] + left + first)
+                write_row(a, u, k, row, first, offset, min(BLOCK, n - first), mu, scale, shift, scratch)
 
     return apply
 
 
 def row_writer(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
-    """Write one row of a chunk; mu, scale and shift are arrays with ``per_column``, numbers otherwise."""
+    """Write a piece of a row; mu, scale and shift are arrays with ``per_column``, numbers otherwise."""
     element, real, read, write = ELEMENTS[dtype]
+    size = np.dtype(element).itemsize
     act, _ = activation_functions(activation, real)
     pack = packer(activation if mask else None, dtype)
 
@@ -93,13 +101,17 @@ def row_writer(dtype: str, activation: str | None, residual: bool, mask: bool, p
                 y[i] = write(act((read(x[i]) - at(mu, i)) * at(scale, i) + at(shift, i)))
 
     @inner
-    def write_row(a, u, k, row, offset, n, mu, scale, shift):
+    def write_row(a, u, k, row, first, offset, n, mu, scale, shift, buffer):
         x = carray(pointer(a[X] + offset), (n,), element)
-        y = carray(pointer(a[Y] + offset), (n,), element)
         z = carray(pointer(a[RESIDUAL] + offset), (n,), element)
+        target = a[Y] + offset
+        streams = streamed(a, target, size * n)
+        y = carray(pointer(buffer if streams else target), (n,), element)
         normalize(x, z, y, n, mu, scale, shift)
         if mask:
-            pack(y, n, mask_words(a, u, k, row))
+            pack(buffer if streams else target, n, mask_words(a, u, k, row, first))
+        if streams:
+            stream(target, buffer, size * n)
 
     return write_row
 
@@ -107,7 +119,7 @@ def row_writer(dtype: str, activation: str | None, residual: bool, mask: bool, p
 def reduce_columns(dtype: str) -> Any:
     element, _, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    expand = expander(shift_function(dtype))
+    shift_of = shift_function(dtype)
 
     @simd
     def add_four(x0, x1, x2, x3, shift, s, q, n):
@@ -125,16 +137,23 @@ def reduce_columns(dtype: str) -> Any:
             q[i] += d * d
 
     @inner
-    def reduce(a, u, k, partials, scratch):
+    def reduce(a, u, k, partials, scratch, new):
         first_row, last_row, left, n = piece(a, u, k)
         width, stride = a[WIDTH], size * a[ROW_STRIDE]
         shift = carray(pointer(scratch), (n,), np.float64)
-        expand(a, left, n, shift)
+        own, spatial = own_columns(a, n), a[SPATIAL]
+        if new:
+            for j in range(own // spatial):
+                value = shift_of(a, left // spatial + j)
+                for i in range(j * spatial, (j + 1) * spatial):
+                    shift[i] = value
+            repeat(shift, own, n)
         out = partials + 16 * width * k
         s, q = carray(pointer(out), (n,), np.float64), carray(pointer(out + 8 * width), (n,), np.float64)
         s[:], q[:] = 0.0, 0.0
         row, base = first_row, a[X] + size * left + stride * first_row
-        while row + 4 <= last_row:
+        # the last row of all may be shorter
+        while row + 4 <= last_row and row + 4 < a[ROWS]:
             x0, x1 = carray(pointer(base), (n,), element), carray(pointer(base + stride), (n,), element)
             x2, x3 = (
                 carray(pointer(base + 2 * stride), (n,), element),
@@ -144,29 +163,12 @@ def reduce_columns(dtype: str) -> Any:
             row += 4
             base += 4 * stride
         while row < last_row:
-            add_one(carray(pointer(base), (n,), element), shift, s, q, n)
+            present = row_columns(a, row, left, n)
+            add_one(carray(pointer(base), (present,), element), shift, s, q, present)
             row += 1
             base += stride
 
     return reduce
-
-
-def expander(value_of: Any) -> Any:
-    """``expand(a, left, n, out)``: the number of every column's channel."""
-
-    @inner
-    def expand(a, left, n, out):
-        spatial = a[SPATIAL]
-        if spatial == 1:
-            for i in range(n):
-                out[i] = value_of(a, left + i)
-            return
-        for j in range(n // spatial):
-            value = value_of(a, left // spatial + j)
-            for i in range(j * spatial, (j + 1) * spatial):
-                out[i] = value
-
-    return expand
 
 
 def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
@@ -176,29 +178,37 @@ def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool
     write_row = row_writer(dtype, activation, residual, mask, per_column=True)
 
     @inner
-    def apply(a, u, k, scratch):
+    def apply(a, u, k, scratch, new):
         first_row, last_row, left, n = piece(a, u, k)
-        mu, scale, shift = expand(a, left, n, scratch)
+        mu, scale, shift = expand(a, left, n, scratch, new)
+        buffer = scratch + 7 * 8 * a[WIDTH]
         for row in range(first_row, last_row):
-            write_row(a, u, k, row, size * (row * a[ROW_STRIDE] + left), n, mu, scale, shift)
+            offset = size * (row * a[ROW_STRIDE] + left)
+            write_row(a, u, k, row, 0, offset, row_columns(a, row, left, n), mu, scale, shift, buffer)
 
     return apply
 
 
 def affine_expander(real: type) -> Any:
-    """``expand(a, left, n, scratch)``: arrays of mu, scale and shift, one number per column."""
+    """``expand(a, left, n, scratch, new)``: arrays of mu, scale and shift, one number per column."""
     affine = affine_function(real)
 
     @inner
-    def expand(a, left, n, scratch):
+    def expand(a, left, n, scratch, new):
         spatial, width = a[SPATIAL], 8 * a[WIDTH]
         mu = carray(pointer(scratch + width), (n,), real)
         scale = carray(pointer(scratch + 2 * width), (n,), real)
         shift = carray(pointer(scratch + 3 * width), (n,), real)
-        for j in range(n // spatial):
+        if not new:
+            return mu, scale, shift
+        own = own_columns(a, n)
+        for j in range(own // spatial):
             m, c, b = affine(a, left // spatial + j)
             for i in range(j * spatial, (j + 1) * spatial):
                 mu[i], scale[i], shift[i] = m, c, b
+        repeat(mu, own, n)
+        repeat(scale, own, n)
+        repeat(shift, own, n)
         return mu, scale, shift
 
     return expand

@@ -15,11 +15,20 @@ from typing import NamedTuple
 # From here on the rows form is faster: with shorter rows its loops spend their time in remainders.
 ROWS_FORM_POSITIONS = 96
 # Columns of a strip: what a thread keeps per column stays in the first-level cache.
-STRIP_COLUMNS = 1024
-CHUNK_ELEMENTS = 32768
+STRIP_COLUMNS = 512
+# Columns of a row that a thread works on in one go.
+BLOCK = 1024
+CHUNK_ELEMENTS = 131072
+LEAST_CHUNK_ELEMENTS = 32768
+# Enough chunks for many threads come before long ones.
+CHUNKS = 16
 SEGMENT_ELEMENTS = 16384
-# private memory per column: sums, shifts and coefficients, 8 bytes each
+# Short rows without a gap are joined to longer ones while this many rows remain.
+LEAST_ROWS = 64
+# private memory per column: sums, shifts, coefficients and results on their way, 8 bytes each
 PER_COLUMN_BYTES = 8 * 8
+# Results of more bytes than a cache holds are written past it.
+STREAM_ELEMENTS = 6 << 20
 
 
 class Geometry(NamedTuple):
@@ -37,6 +46,9 @@ class Geometry(NamedTuple):
     chunk_rows: int
     segments: int
     segment: int
+    tiles: int
+    elements: int
+    stream: bool
     scratch_bytes: int
 
     @property
@@ -63,11 +75,15 @@ def cut(samples: int, channels: int, positions: int, channels_last: bool) -> Geo
     """The cut of a tensor of ``samples`` x ``channels`` x ``positions``, none of them 0."""
     if not channels_last and positions >= ROWS_FORM_POSITIONS:
         return cut_into_rows(samples, channels, positions)
+    elements = samples * channels * positions
     if channels_last:
         samples, positions = samples * positions, 1
     columns = channels * positions
+    tiles = max(1, min(STRIP_COLUMNS // columns, samples // LEAST_ROWS)) if positions == 1 else 1
+    samples, columns = -(-samples // tiles), columns * tiles
     width = min(columns, max(1, STRIP_COLUMNS // positions) * positions)
-    chunk_rows = min(samples, max(1, CHUNK_ELEMENTS // width))
+    chunk_elements = max(LEAST_CHUNK_ELEMENTS, min(CHUNK_ELEMENTS, elements // CHUNKS))
+    chunk_rows = min(samples, max(1, chunk_elements // width))
     chunks = -(-samples // chunk_rows)
     return Geometry(
         form="columns",
@@ -82,6 +98,9 @@ def cut(samples: int, channels: int, positions: int, channels_last: bool) -> Geo
         chunk_rows=chunk_rows,
         segments=1,
         segment=width,
+        tiles=tiles,
+        elements=elements,
+        stream=elements >= STREAM_ELEMENTS,
         scratch_bytes=padded(PER_COLUMN_BYTES * width + chunks * 16 * width),
     )
 
@@ -91,7 +110,7 @@ def cut_into_rows(samples: int, channels: int, positions: int) -> Geometry:
     # equal segments of whole cache lines
     segment = -(-positions // segments // 16) * 16 if segments > 1 else positions
     segments = -(-positions // segment)
-    chunk_rows = 1 if segments > 1 else min(samples, max(1, CHUNK_ELEMENTS // positions))
+    chunk_rows = 1 if segments > 1 else min(samples, max(1, LEAST_CHUNK_ELEMENTS // positions))
     chunks = -(-samples // chunk_rows) * segments
     return Geometry(
         form="rows",
@@ -106,5 +125,8 @@ def cut_into_rows(samples: int, channels: int, positions: int) -> Geometry:
         chunk_rows=chunk_rows,
         segments=segments,
         segment=segment,
-        scratch_bytes=padded(16 * chunks),
+        tiles=1,
+        elements=samples * channels * positions,
+        stream=samples * channels * positions >= STREAM_ELEMENTS,
+        scratch_bytes=padded(8 * BLOCK + 16 * chunks),
     )

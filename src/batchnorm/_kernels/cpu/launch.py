@@ -74,7 +74,7 @@ def plan(samples: int, channels: int, positions: int, channels_last: bool) -> Pl
     """The plan for a tensor of ``samples`` x ``channels`` x ``positions``, none of them 0."""
     geometry = cut(samples, channels, positions, channels_last)
     count = samples * positions
-    return Plan(geometry, Struct("12q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS)
+    return Plan(geometry, Struct("15q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS)
 
 
 RUN = Struct("3q").pack

@@ -21,12 +21,13 @@ from batchnorm._kernels.cpu.arguments import (
     SAVED,
     SAVED_BEFORE,
     SPATIAL,
+    TILES,
     VAR,
     WEIGHT,
     WIDTH,
     X,
 )
-from batchnorm._kernels.cpu.elements import ELEMENTS, carray, inner, number, pointer
+from batchnorm._kernels.cpu.elements import ELEMENTS, carray, inner, number, pointer, simd
 
 f8 = np.float64
 
@@ -35,7 +36,7 @@ f8 = np.float64
 def channels_of(a, u):
     """First and last channel of strip u."""
     left = u * a[WIDTH]
-    return left // a[SPATIAL], min(left + a[WIDTH], a[COLUMNS]) // a[SPATIAL]
+    return left // a[SPATIAL], min(left + a[WIDTH], a[COLUMNS]) // (a[SPATIAL] * a[TILES])
 
 
 @inner
@@ -57,9 +58,10 @@ def total_of_columns(a, j, partials):
     first, second = 0.0, 0.0
     for k in range(chunks):
         sums = carray(pointer(partials + k * 16 * width), (2 * width,), np.float64)
-        for i in range(j * spatial, (j + 1) * spatial):
-            first += sums[i]
-            second += sums[width + i]
+        for tile in range(0, width, width // a[TILES]):
+            for i in range(tile + j * spatial, tile + (j + 1) * spatial):
+                first += sums[i]
+                second += sums[width + i]
     return first, second
 
 
@@ -144,3 +146,25 @@ def finish_function(dtype: str, partial_columns: bool) -> Any:
             saved[channels + c] = 1.0 / math.sqrt(var + eps)
 
     return finish
+
+
+@inner
+def own_columns(a, n):
+    """The first columns of a strip's n: those that show every channel of the strip once."""
+    return n // a[TILES]
+
+
+@simd
+def copy(source, target, n):
+    for i in range(n):
+        target[i] = source[i]
+
+
+@inner
+def repeat(out, own, n):
+    """What stands in the first columns stands in all tiles."""
+    filled = own
+    while filled < n:
+        more = min(filled, n - filled)
+        copy(out, out[filled:], more)
+        filled += more
