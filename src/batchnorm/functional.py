@@ -118,12 +118,13 @@ def batch_norm(
         input,
         weight,
         bias,
+        residual,
+        eps,
+        activation,
         running_mean,
         running_var,
         momentum,
-        residual,
-        activation,
-        eps,
+        None,
         choose(implementation, input, training=True),
     )
 
@@ -132,21 +133,22 @@ def train_and_track(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float | Tensor,
-    residual: Tensor | None,
-    activation: str | None,
-    eps: float,
+    num_batches_tracked: Tensor | None,
     choice: Choice,
 ) -> Tensor:
-    """Normalize a mini-batch, which has been checked, and move the running statistics, where there are any."""
+    """Normalize a mini-batch, which has been checked; move running statistics and counter, where there are any."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if choice.implementation == "kernel" and (choice is KERNEL or (input.numel() and not seen_through())):
         try:
             return train_by_kernel(
-                input, weight, bias, running_mean, running_var, momentum, residual, activation, eps, None, None
+                input, weight, bias, residual, eps, activation, running_mean, running_var, momentum, num_batches_tracked
             )
         except ImplementationError:
             if choice is not KERNEL:
@@ -156,47 +158,46 @@ def train_and_track(
     if choice.implementation == "aten" and suits and not isinstance(momentum, Tensor) and not seen_through():
         # torch updates in the same call. It also checks, but a wrong bias only after the update
         check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-        if momentum == 0:
-            running_mean = running_var = None
-        z = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-        return activate(z, residual, activation)
-    statistics = normalize_batch(
-        input, weight, bias, running_mean, running_var, residual, activation, eps, choice.implementation
-    )
-    if running_mean is not None and running_var is not None:
-        update_running_statistics(running_mean, running_var, statistics, momentum)
-    return statistics.output
+        mean, var = (None, None) if momentum == 0 else (running_mean, running_var)
+        output = activate(F.batch_norm(input, mean, var, weight, bias, True, momentum, eps), residual, activation)
+    else:
+        statistics = normalize_batch(
+            input, weight, bias, running_mean, running_var, residual, activation, eps, choice.implementation
+        )
+        if running_mean is not None and running_var is not None:
+            update_running_statistics(running_mean, running_var, statistics, momentum)
+        output = statistics.output
+    if num_batches_tracked is not None and input.numel():
+        num_batches_tracked.add_(1)
+    return output
 
 
 def train_by_kernel(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float | Tensor,
-    residual: Tensor | None,
-    activation: str | None,
-    eps: float,
-    mean: Tensor | None,
-    var: Tensor | None,
+    num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """The eager kernel: normalizes, moves the running statistics and fills ``mean`` and ``var`` in one call."""
+    """The eager kernel: normalizes and moves running statistics and counter in one call."""
     check_training(input, eps)
     check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if running_mean is None or running_var is None or (not isinstance(momentum, Tensor) and momentum == 0):
-        return kernel.batch_norm(
-            input, weight, bias, None, None, 0.0, residual, activation, eps, kernel.BATCH, mean, var
-        )
+        statistics = kernel.Statistics(kernel.BATCH, counter=num_batches_tracked)
+        return kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
     check_not_differentiated(running_mean, running_var)
-    wide_mean, wide_var = kernel.running(running_mean, input), kernel.running(running_var, input)
-    output = kernel.batch_norm(
-        input, weight, bias, wide_mean, wide_var, float(momentum), residual, activation, eps, kernel.BATCH, mean, var
-    )
-    if wide_mean is not running_mean:
-        running_mean.copy_(wide_mean)
-    if wide_var is not running_var:
-        running_var.copy_(wide_var)
+    mean, var = kernel.running(running_mean, input), kernel.running(running_var, input)
+    statistics = kernel.Statistics(kernel.BATCH, mean, var, float(momentum), num_batches_tracked)
+    output = kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
+    if mean is not running_mean:
+        running_mean.copy_(mean)
+    if var is not running_var:
+        running_var.copy_(var)
     torch.autograd.graph.increment_version((running_mean, running_var))
     return output
 
@@ -253,7 +254,8 @@ def normalize_batch(
         mean = torch.empty(input.shape[1], dtype=statistics_dtype(input))
         var = torch.empty_like(mean)
         try:
-            output = train_by_kernel(input, weight, bias, None, None, 0.0, residual, activation, eps, mean, var)
+            statistics = kernel.Statistics(kernel.BATCH, mean=mean, var=var)
+            output = kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
         except ImplementationError:
             if choice is not KERNEL:
                 raise
@@ -302,7 +304,8 @@ def batch_norm_inference(
         check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
         mean, var = kernel.running(mean, input), kernel.running(var, input)
         try:
-            return kernel.batch_norm(input, weight, bias, mean, var, 0.0, residual, activation, eps, kernel.RUNNING)
+            statistics = kernel.Statistics(kernel.RUNNING, mean, var)
+            return kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
         except ImplementationError:
             if choice is not KERNEL:
                 raise

@@ -6,7 +6,7 @@ The registered operators reach the same kernels by ``train_forward`` and ``train
 
 import warnings
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ LEAKY_RELU_SLOPE = 0.01
 # Which statistics normalize, in the words of the kernels' ``arguments.py``
 BATCH, RUNNING = 0, 1
 
-pack_forward = Struct("4q2d11q").pack
-pack_backward = Struct("4q2d6q40x6q").pack
+pack_forward = Struct("4q2d12q").pack
+pack_backward = Struct("4q2d6q48x5q").pack
 
 
 class Kernels:
@@ -90,24 +90,32 @@ def running(tensor: Tensor, input: Tensor) -> Tensor:
     return as_dtype(tensor, statistics_dtype(input)).contiguous()
 
 
+class Statistics(NamedTuple):
+    """Which statistics normalize, and what becomes of them."""
+
+    given: int
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float = 0.0
+    counter: Tensor | None = None  # num_batches_tracked, int64
+    mean: Tensor | None = None  # filled with the batch's
+    var: Tensor | None = None
+
+
 def forward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
     eps: float,
     activation: str | None,
-    given: int,
+    statistics: Statistics,
     masked: bool,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, saved statistics (2, C) and mask. Moves the running statistics and fills ``mean`` and ``var``."""
+    """Output, saved statistics (2, C) and mask."""
     plan = plan_for(input)
     geometry = plan.geometry
+    given, running_mean, running_var, momentum, counter, mean, var = statistics
     dtype = statistics_dtype(input)
     kernel = compiled("forward", geometry.form, DTYPES[input.dtype], activation, residual is not None, masked)
     output = empty_like(input)
@@ -117,7 +125,7 @@ def forward(
     fields = pack_forward(
         given == BATCH, 1, given, plan.values_per_channel, eps, momentum,
         input.data_ptr(), address(residual), address(mask), address(weight), address(bias), saved.data_ptr(),
-        output.data_ptr(), address(mean), address(var), address(running_mean), address(running_var),
+        output.data_ptr(), address(mean), address(var), address(running_mean), address(running_var), address(counter),
     )  # fmt: skip
     Kernels.launch.run(kernel, plan, fields)
     return output, saved, mask
@@ -133,12 +141,9 @@ def backward(
     mask: Tensor | None,
     activation: str | None,
     given: int,
-    needs: tuple[bool, bool],
+    needs_input: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Gradients of input, weight, bias and of the sum before the activation.
-
-    ``needs`` says of input and residual whether their gradients are wanted.
-    """
+    """Gradients of input, weight, bias and of the sum before the activation."""
     plan = plan_for(input)
     geometry = plan.geometry
     dtype = statistics_dtype(input)
@@ -149,15 +154,13 @@ def backward(
     grad_sum = empty_like(input) if has_sum else None
     grad_weight = torch.empty(geometry.channels, dtype=dtype)
     grad_bias = torch.empty(geometry.channels, dtype=dtype)
-    sums = torch.empty(2 * geometry.channels, dtype=torch.float64)
     fields = pack_backward(
-        1, needs[0], given, plan.values_per_channel, 0.0, 0.0,
+        1, needs_input, given, plan.values_per_channel, 0.0, 0.0,
         input.data_ptr(), address(residual), address(mask), address(weight), address(bias), saved.data_ptr(),
         grad_output.data_ptr(), grad_input.data_ptr(), address(grad_sum), grad_weight.data_ptr(), grad_bias.data_ptr(),
-        sums.data_ptr(),
     )  # fmt: skip
     Kernels.launch.run(kernel, plan, fields)
-    return grad_input if needs[0] else None, grad_weight, grad_bias, grad_sum
+    return grad_input if needs_input else None, grad_weight, grad_bias, grad_sum
 
 
 def train_forward(
@@ -173,7 +176,8 @@ def train_forward(
         return aten.train_forward(input, weight, bias, residual, eps, activation)
     mean = torch.empty(input.shape[1], dtype=statistics_dtype(input))
     var = torch.empty_like(mean)
-    output, saved, _ = forward(input, weight, bias, residual, None, None, 0.0, eps, activation, BATCH, False, mean, var)
+    statistics = Statistics(BATCH, mean=mean, var=var)
+    output, saved, _ = forward(input, weight, bias, residual, eps, activation, statistics, False)
     return output, mean, var, saved.view(2, -1)
 
 
@@ -191,7 +195,7 @@ def train_backward(
     if input.numel() == 0:
         return aten.train_backward(grad_output, input, weight, bias, residual, saved, eps, activation)
     grad_input, grad_weight, grad_bias, grad_sum = backward(
-        grad_output, input, weight, bias, residual, saved, None, activation, BATCH, (True, True)
+        grad_output, input, weight, bias, residual, saved, None, activation, BATCH, True
     )
     return grad_input, grad_weight, grad_bias, grad_output if grad_sum is None else grad_sum  # pyright: ignore[reportReturnType]
 
@@ -209,7 +213,7 @@ def backward_frozen(
     fields = pack_backward(
         0, 1, RUNNING, plan.values_per_channel, 0.0, 0.0,
         0, 0, address(mask), address(weight), 0, saved.data_ptr(),
-        grad_output.data_ptr(), grad_input.data_ptr(), address(grad_sum), 0, 0, 0,
+        grad_output.data_ptr(), grad_input.data_ptr(), address(grad_sum), 0, 0,
     )  # fmt: skip
     Kernels.launch.run(kernel, plan, fields)
     return grad_input, grad_sum
@@ -225,39 +229,18 @@ class KernelBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
         eps: float,
         activation: str | None,
-        given: int,
-        mean: Tensor | None,
-        var: Tensor | None,
+        statistics: Statistics,
     ) -> Tensor:
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        given = statistics.given
         piecewise = activation in PIECEWISE
-        needs_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        frozen = given == RUNNING and not needs_parameters and (activation is None or piecewise)
+        frozen = given == RUNNING and not (needs_weight or needs_bias) and (activation is None or piecewise)
         masked = piecewise and (frozen or residual is not None)
-        output, saved, mask = forward(
-            input,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            momentum,
-            eps,
-            activation,
-            given,
-            masked,
-            mean,
-            var,
-        )
+        output, saved, mask = forward(input, weight, bias, residual, eps, activation, statistics, masked)
         ctx.set_materialize_grads(False)
-        ctx.frozen = frozen
-        ctx.has_residual = residual is not None
-        ctx.strides = output.stride()
-        ctx.options = (activation, given, eps)
+        ctx.call = (eps, activation, given, residual is not None, output.stride())
         kept = residual if activation is not None and not masked else None
         ctx.save_for_backward(None if frozen else input, weight, bias, kept, saved, mask)
         return output
@@ -265,37 +248,37 @@ class KernelBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad_output is None:
-            return (None,) * 12
+            return (None,) * 7
         input, weight, bias, residual, saved, mask = ctx.saved_tensors
-        activation, given, _ = ctx.options
-        if grad_output.stride() != ctx.strides:
+        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        _, activation, given, has_residual, strides = ctx.call
+        if grad_output.stride() != strides:
             grad_output = torch.empty_strided(
-                grad_output.shape, ctx.strides, dtype=grad_output.dtype, device=grad_output.device
+                grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device
             ).copy_(grad_output)
         if torch.is_grad_enabled():
-            return *gradients_again(ctx, grad_output), *(None,) * 8
-        if ctx.frozen:
-            apart = ctx.has_residual and mask is not None
+            return *gradients_again(ctx, grad_output), None, None, None
+        grad_weight = grad_bias = None
+        if input is None:
+            apart = has_residual and mask is not None
             grad_input, grad_sum = backward_frozen(grad_output, weight, saved, mask, activation, apart)
-            grad_weight = grad_bias = None
         else:
             grad_input, grad_weight, grad_bias, grad_sum = backward(
-                grad_output, input, weight, bias, residual, saved, mask, activation, given,
-                (ctx.needs_input_grad[0], ctx.needs_input_grad[3]),
-            )  # fmt: skip
-        return (
-            grad_input,
-            as_dtype(grad_weight, weight.dtype) if ctx.needs_input_grad[1] and grad_weight is not None else None,
-            as_dtype(grad_bias, bias.dtype) if ctx.needs_input_grad[2] and grad_bias is not None else None,
-            (grad_output if grad_sum is None else grad_sum) if ctx.has_residual else None,
-            *(None,) * 8,
-        )
+                grad_output, input, weight, bias, residual, saved, mask, activation, given, needs_input
+            )
+            grad_weight = as_dtype(grad_weight, weight.dtype) if needs_weight else None
+            grad_bias = as_dtype(grad_bias, bias.dtype) if needs_bias else None
+        if not needs_residual:
+            grad_sum = None
+        elif grad_sum is None:
+            grad_sum = grad_output
+        return grad_input, grad_weight, grad_bias, grad_sum, None, None, None
 
 
 def gradients_again(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight, bias and residual, to be differentiated again."""
     input, weight, bias, residual, saved, mask = ctx.saved_tensors
-    activation, given, eps = ctx.options
+    eps, activation, given, has_residual, _ = ctx.call
     if mask is not None:
         slope = LEAKY_RELU_SLOPE if activation == "leaky_relu" else 0.0
         grad_output = torch.where(unpacked(mask, grad_output), grad_output, grad_output * slope)
@@ -304,12 +287,12 @@ def gradients_again(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if input is None:
         scale = invstd.to(statistics_dtype(grad_output))
         scale = per_channel(scale if weight is None else scale * weight, grad_output)
-        return (grad_output * scale).to(grad_output.dtype), None, None, grad_output if ctx.has_residual else None
+        return (grad_output * scale).to(grad_output.dtype), None, None, grad_output if has_residual else None
     *grads, grad_sum = differentiable_gradients(
         grad_output, input, weight, bias, residual, eps, activation, ctx.needs_input_grad[:3],
         None if given == BATCH else (mean, invstd),
     )  # fmt: skip
-    return *grads, grad_sum if ctx.has_residual else None
+    return *grads, grad_sum if has_residual else None
 
 
 def unpacked(mask: Tensor, like: Tensor) -> Tensor:
@@ -326,20 +309,14 @@ def batch_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
     residual: Tensor | None,
-    activation: str | None,
     eps: float,
-    given: int,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
+    activation: str | None,
+    statistics: Statistics,
 ) -> Tensor:
     """Normalize, by the batch or by the running statistics, through the kernels. The arguments have been checked."""
     if not input.is_contiguous():
-        layout = dense_format(input) or torch.contiguous_format
-        input = input.contiguous(memory_format=layout)
+        input = input.contiguous(memory_format=dense_format(input) or torch.contiguous_format)
     if residual is not None and residual.stride() != input.stride():
         residual = torch.empty_like(input).copy_(residual)
     if torch.is_grad_enabled() and (
@@ -348,9 +325,5 @@ def batch_norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return KernelBatchNorm.apply(
-            input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, given, mean, var
-        )  # pyright: ignore[reportReturnType]
-    return forward(
-        input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, given, False, mean, var
-    )[0]
+        return KernelBatchNorm.apply(input, weight, bias, residual, eps, activation, statistics)  # pyright: ignore[reportReturnType]
+    return forward(input, weight, bias, residual, eps, activation, statistics, False)[0]

@@ -1,9 +1,9 @@
 """Memory for large outputs, used again and again.
 
 The C library returns every large tensor to the system when it is freed, and the next one begins as pages that must be
-found and cleared at their first touch: for 77 MB that takes 20 to 50 ms, where writing them takes 2. So large outputs of
-the kernels lie in memory of our own, in huge pages, which later outputs of the same size use again. While it waits for
-them it is marked as free: a system that runs short of memory takes it without asking (``MADV_FREE``).
+found and cleared at their first touch: for 77 MB that takes 20 to 50 ms, where writing them takes 2. So large outputs
+of the kernels lie in memory of our own, in huge pages, which later outputs of the same size use again. While it waits
+for them it is marked as free: a system that runs short of memory takes it without asking (``MADV_FREE``).
 """
 
 import ctypes

@@ -28,6 +28,7 @@ Addresses are 0 where a tensor is absent.
     BLOCKED,  # several threads share a strip
     SCRATCH,
     PARTIALS,
+    SUMS,  # float64 (2, C): sum_dy and sum_dy_xmu
     REDUCE,  # phases
     APPLY,
     GIVEN,  # which statistics normalize: one of the constants below
@@ -47,14 +48,14 @@ Addresses are 0 where a tensor is absent.
     VAR,
     RUNNING_MEAN,
     RUNNING_VAR,
+    COUNTER,  # num_batches_tracked
     # of the backward pass
     GRAD_OUTPUT,
     GRAD_INPUT,
     GRAD_RESIDUAL,
     GRAD_WEIGHT,
     GRAD_BIAS,
-    SUMS,  # float64 (2, C): sum_dy and sum_dy_xmu
     SLOTS,
-) = range(45)
+) = range(46)
 
 BATCH, RUNNING, SAVED_BEFORE = range(3)

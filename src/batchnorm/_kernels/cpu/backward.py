@@ -36,17 +36,31 @@ from batchnorm._kernels.cpu.arguments import (
     X,
 )
 from batchnorm._kernels.cpu.driver import kernel, piece, row_columns, streamed
-from batchnorm._kernels.cpu.elements import ELEMENTS, carray, fused, inner, look_ahead, picker, pointer, simd, stream
-from batchnorm._kernels.cpu.forward import affine_expander
+from batchnorm._kernels.cpu.elements import (
+    ELEMENTS,
+    carray,
+    fused,
+    inner,
+    look_ahead,
+    minus,
+    picker,
+    pointer,
+    simd,
+    stream,
+    summing,
+    times,
+)
+from batchnorm._kernels.cpu.forward import affine_expander, channel_function
 from batchnorm._kernels.cpu.geometry import BLOCK
 from batchnorm._kernels.cpu.masks import mask_words, masker
 from batchnorm._kernels.cpu.statistics import (
-    affine_function,
     channels_of,
     own_columns,
     repeat,
-    total_of_columns,
-    total_of_strip,
+    saved_of,
+    spread,
+    sums_of_columns,
+    sums_of_strip,
 )
 
 f8 = np.float64
@@ -67,53 +81,106 @@ def keeps_gradient(activation: str | None, residual: bool) -> bool:
 
 
 def finish_function(dtype: str, partial_columns: bool) -> Any:
-    """``finish(a, u, partials)``: sums over the strips' chunks, and the gradients of weight and bias."""
+    """``finish(a, u, partials)``: sums over the strip's chunks, and the gradients of weight and bias."""
     real = ELEMENTS[dtype][1]
-    total = total_of_columns if partial_columns else total_of_strip
+    size = np.dtype(real).itemsize
+    sums = sums_of_columns if partial_columns else sums_of_strip
+
+    @simd
+    def gradients(sum_dy, sum_dy_xmu, mean, invstd, n, sums_dy, sums_dy_xmu, grad_weight, grad_bias):
+        for j in range(n):
+            s = sum_dy[j]
+            # summed with the rounded mean
+            q = sum_dy_xmu[j] - (mean[j] - f8(real(mean[j]))) * s
+            sums_dy[j], sums_dy_xmu[j] = s, q
+            grad_weight[j], grad_bias[j] = real(q * invstd[j]), real(s)
 
     @inner
     def finish(a, u, partials):
         if a[REDUCE] == 0:
             return
-        channels = a[CHANNELS]
-        saved = carray(pointer(a[SAVED]), (2 * channels,), np.float64)
-        sums = carray(pointer(a[SUMS]), (2 * channels,), np.float64)
-        grad_weight = carray(pointer(a[GRAD_WEIGHT]), (channels,), real)
-        grad_bias = carray(pointer(a[GRAD_BIAS]), (channels,), real)
         first, last = channels_of(a, u)
-        for c in range(first, last):
-            sum_dy, sum_dy_xmu = total(a, c - first, partials)
-            # summed with the rounded mean
-            sum_dy_xmu -= (saved[c] - f8(real(saved[c]))) * sum_dy
-            sums[c], sums[channels + c] = sum_dy, sum_dy_xmu
-            if a[GRAD_WEIGHT] != 0:
-                grad_weight[c] = real(sum_dy_xmu * saved[channels + c])
-            if a[GRAD_BIAS] != 0:
-                grad_bias[c] = real(sum_dy)
+        n = last - first
+        mean, invstd = saved_of(a, first, n)
+        sum_dy, sum_dy_xmu = sums(a, partials)
+        sums_dy, sums_dy_xmu = totals_of(a, first, n)
+        grad_weight = carray(pointer(a[GRAD_WEIGHT] + size * first), (n,), real)
+        grad_bias = carray(pointer(a[GRAD_BIAS] + size * first), (n,), real)
+        gradients(sum_dy, sum_dy_xmu, mean, invstd, n, sums_dy, sums_dy_xmu, grad_weight, grad_bias)
 
     return finish
 
 
+@inner
+def totals_of(a, first, n):
+    """sum_dy and sum_dy_xmu of n channels."""
+    start = a[SUMS] + 8 * first
+    return carray(pointer(start), (n,), np.float64), carray(pointer(start + 8 * a[CHANNELS]), (n,), np.float64)
+
+
 def slopes_function(real: type) -> Any:
-    """``slopes(a, c)``: (mu, of_g, of_x, constant) with ``grad_input = g of_g + (x - mu) of_x + constant``."""
+    """``slopes(a, first, n, of_g, of_x, constant)``: grad_input = g of_g + (x - mu) of_x + constant, of n channels."""
+    size = np.dtype(real).itemsize
+
+    @simd
+    def by_batch(mean, invstd, weight, has_weight, sum_dy, sum_dy_xmu, count, n, of_g, of_x, constant):
+        for j in range(n):
+            slope = invstd[j] * (f8(weight[j]) if has_weight else 1.0)
+            curve = sum_dy_xmu[j] * invstd[j] * invstd[j] / count
+            rest = mean[j] - f8(real(mean[j]))
+            of_g[j] = real(slope)
+            of_x[j] = real(-slope * curve)
+            constant[j] = real(slope * (rest * curve - sum_dy[j] / count))
+
+    @simd
+    def by_given(invstd, weight, has_weight, n, of_g, of_x, constant):
+        for j in range(n):
+            of_g[j] = real(invstd[j] * (f8(weight[j]) if has_weight else 1.0))
+            of_x[j] = real(0)
+            constant[j] = real(0)
 
     @inner
-    def slopes(a, c):
-        channels = a[CHANNELS]
-        saved = carray(pointer(a[SAVED]), (2 * channels,), np.float64)
-        mean, invstd = saved[c], saved[channels + c]
-        mu = real(mean)
-        of_g = invstd
-        if a[WEIGHT] != 0:
-            of_g *= f8(carray(pointer(a[WEIGHT]), (channels,), real)[c])
-        if a[GIVEN] != BATCH:
-            return mu, real(of_g), real(0), real(0)
-        sums = carray(pointer(a[SUMS]), (2 * channels,), np.float64)
-        mean_g = sums[c] / f8(a[COUNT])
-        slope = sums[channels + c] * invstd * invstd / f8(a[COUNT])
-        return mu, real(of_g), real(-of_g * slope), real(of_g * ((mean - f8(mu)) * slope - mean_g))
+    def slopes(a, first, n, of_g, of_x, constant):
+        mean, invstd = saved_of(a, first, n)
+        # where there is none, it is not read
+        weight = carray(pointer((a[WEIGHT] if a[WEIGHT] != 0 else a[SAVED]) + first * size), (n,), real)
+        if a[GIVEN] == BATCH:
+            sum_dy, sum_dy_xmu = totals_of(a, first, n)
+            count = f8(a[COUNT])
+            by_batch(mean, invstd, weight, a[WEIGHT] != 0, sum_dy, sum_dy_xmu, count, n, of_g, of_x, constant)
+        else:
+            by_given(invstd, weight, a[WEIGHT] != 0, n, of_g, of_x, constant)
 
     return slopes
+
+
+def slopes_expander(real: type) -> Any:
+    """``expand(a, left, n, scratch, new)``: arrays of of_g, of_x and constant, one number per column."""
+    slopes = slopes_function(real)
+
+    @inner
+    def expand(a, left, n, scratch, new):
+        width = 8 * a[WIDTH]
+        of_g = carray(pointer(scratch + 4 * width), (n,), real)
+        of_x = carray(pointer(scratch + 5 * width), (n,), real)
+        constant = carray(pointer(scratch + 6 * width), (n,), real)
+        if new:
+            channels = own_columns(a, n) // a[SPATIAL]
+            # the last array of the private memory is free until rows are written
+            values = carray(pointer(scratch + 7 * width), (3 * channels,), real)
+            if a[SPATIAL] == 1:
+                slopes(a, left, channels, of_g, of_x, constant)
+                repeat(of_g, channels, n)
+                repeat(of_x, channels, n)
+                repeat(constant, channels, n)
+            else:
+                slopes(a, left // a[SPATIAL], channels, values, values[channels:], values[2 * channels :])
+                spread(a, values, n, of_g)
+                spread(a, values[channels:], n, of_x)
+                spread(a, values[2 * channels :], n, constant)
+        return of_g, of_x, constant
+
+    return expand
 
 
 def gradient_function(dtype: str, activation: str | None, residual: bool, per_column: bool) -> Any:
@@ -171,7 +238,7 @@ def row_function(dtype: str, activation: str | None, residual: bool, mask: bool,
 
     else:
 
-        @simd
+        @summing
         def sums(x, dy, z, out, n, mu, scale, shift, s, q):
             sum_dy, sum_dy_xmu = 0.0, 0.0
             for i in range(n):
@@ -179,7 +246,7 @@ def row_function(dtype: str, activation: str | None, residual: bool, mask: bool,
                 if stores_here:
                     out[i] = write(g)
                 sum_dy += f8(g)
-                sum_dy_xmu += f8(g) * f8(read(x[i]) - mu)
+                sum_dy_xmu += times(f8(g), f8(minus(read(x[i]), mu)))
             return sum_dy, sum_dy_xmu
 
     @inner
@@ -199,12 +266,12 @@ def row_function(dtype: str, activation: str | None, residual: bool, mask: bool,
 def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    affine = affine_function(real)
+    channel = channel_function(real)
     reduce_row = row_function(dtype, activation, residual, mask, per_column=False)
 
     @inner
     def reduce(a, u, k, partials, scratch, new):
-        mu, scale, shift = affine(a, u)
+        mu, scale, shift = channel(a, u, scratch)
         first_row, last_row, left, n = piece(a, u, k)
         s, q, stride = 0.0, 0.0, size * a[ROW_STRIDE]
         for row in range(first_row, last_row):
@@ -282,13 +349,15 @@ def input_gradient_function(dtype: str, activation: str | None, residual: bool, 
 def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    affine, slopes = affine_function(real), slopes_function(real)
+    channel, slopes = channel_function(real), slopes_function(real)
     apply_row = input_gradient_function(dtype, activation, residual, mask, per_column=False)
 
     @inner
     def apply(a, u, k, scratch, new):
-        _, scale, shift = affine(a, u)
-        mu, of_g, of_x, constant = slopes(a, u)
+        mu, scale, shift = channel(a, u, scratch)
+        numbers = carray(pointer(scratch), (3,), real)
+        slopes(a, u, 1, numbers, numbers[1:], numbers[2:])
+        of_g, of_x, constant = numbers[0], numbers[1], numbers[2]
         first_row, last_row, left, n = piece(a, u, k)
         for row in range(first_row, last_row):
             for first in range(0, n, BLOCK):
@@ -301,27 +370,15 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
 def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    expand, slopes = affine_expander(real), slopes_function(real)
+    expand, expand_slopes = affine_expander(real), slopes_expander(real)
     apply_row = input_gradient_function(dtype, activation, residual, mask, per_column=True)
 
     @inner
     def apply(a, u, k, scratch, new):
         first_row, last_row, left, n = piece(a, u, k)
         mu, scale, shift = expand(a, left, n, scratch, new)
-        spatial, width = a[SPATIAL], 8 * a[WIDTH]
-        of_g = carray(pointer(scratch + 4 * width), (n,), real)
-        of_x = carray(pointer(scratch + 5 * width), (n,), real)
-        constant = carray(pointer(scratch + 6 * width), (n,), real)
-        own = own_columns(a, n)
-        if new:
-            for j in range(own // spatial):
-                _, g, x, c = slopes(a, left // spatial + j)
-                for i in range(j * spatial, (j + 1) * spatial):
-                    of_g[i], of_x[i], constant[i] = g, x, c
-            repeat(of_g, own, n)
-            repeat(of_x, own, n)
-            repeat(constant, own, n)
-        buffer = scratch + 7 * width
+        of_g, of_x, constant = expand_slopes(a, left, n, scratch, new)
+        buffer = scratch + 7 * 8 * a[WIDTH]
         for row in range(first_row, last_row):
             offset = size * (row * a[ROW_STRIDE] + left)
             apply_row(a, offset, row_columns(a, row, left, n), mu, scale, shift, of_g, of_x, constant, buffer)
@@ -344,23 +401,17 @@ def frozen(form: str, dtype: str, activation: str | None, residual: bool, mask: 
         for i in range(n):
             dx[i] = write(read(g[i]) * at(of_g, i))
 
+    expand = slopes_expander(real)
+
     @inner
     def slope_of_columns(a, left, n, scratch, new):
-        spatial = a[SPATIAL]
-        of_g = carray(pointer(scratch), (n,), real)
-        if not new:
-            return of_g
-        own = own_columns(a, n)
-        for j in range(own // spatial):
-            value = slopes(a, left // spatial + j)[1]
-            for i in range(j * spatial, (j + 1) * spatial):
-                of_g[i] = value
-        repeat(of_g, own, n)
-        return of_g
+        return expand(a, left, n, scratch, new)[0]
 
     @inner
     def slope_of_strip(a, left, n, scratch, new):
-        return slopes(a, left // a[SPATIAL])[1]
+        numbers = carray(pointer(scratch), (3,), real)
+        slopes(a, left // a[SPATIAL], 1, numbers, numbers[1:], numbers[2:])
+        return numbers[0]
 
     slope = slope_of_columns if per_column else slope_of_strip
 

@@ -110,16 +110,17 @@ def kernel(
                         reduce(a, u, k, partials, scratch, k == 0)
                 finish(a, u, partials)
                 if a[APPLY] != 0:
-                    for k in range(chunks):
-                        apply(a, u, k, scratch, k == 0)
+                    for k in range(chunks - 1, -1, -1):
+                        apply(a, u, k, scratch, k == chunks - 1)
             return
         tasks = units * chunks
         first_task, last_task = tasks * thread // threads, tasks * (thread + 1) // threads
         if a[REDUCE] != 0:
+            before = np.int64(-1)
             for task in range(first_task, last_task):
                 u = task // chunks
-                k = task - u * chunks
-                reduce(a, u, k, a[PARTIALS] + u * sums_bytes, scratch, k == 0 or task == first_task)
+                reduce(a, u, task - u * chunks, a[PARTIALS] + u * sums_bytes, scratch, u != before)
+                before = u
             if a[BARRIER] != 0:
                 call_void(a[BARRIER])
         for u in range(first_unit, last_unit):
@@ -127,9 +128,11 @@ def kernel(
         if a[BARRIER] != 0:
             call_void(a[BARRIER])
         if a[APPLY] != 0:
-            for task in range(first_task, last_task):
+            before = np.int64(-1)
+            # backwards: what was read last is still in the cache
+            for task in range(last_task - 1, first_task - 1, -1):
                 u = task // chunks
-                k = task - u * chunks
-                apply(a, u, k, scratch, k == 0 or task == first_task)
+                apply(a, u, task - u * chunks, scratch, u != before)
+                before = u
 
     return run

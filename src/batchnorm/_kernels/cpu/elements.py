@@ -42,7 +42,12 @@ def fused(function: Any) -> Any:
 
 
 def simd(function: Any) -> Any:
-    """Compile an inner loop over arrays that share no memory."""
+    """Compile an inner loop over arrays that share no memory, element by element."""
+    return njit(fastmath={"contract"}, pipeline_class=WithoutAliases, **INSIDE)(function)
+
+
+def summing(function: Any) -> Any:
+    """Compile an inner loop that ends in a number: the order of its sums is free. Only sums belong into it."""
     return njit(fastmath=REORDER, pipeline_class=WithoutAliases, **INSIDE)(function)
 
 
@@ -148,6 +153,18 @@ def picker(per_column: bool) -> Any:
             return value
 
     return at
+
+
+@fused
+def minus(a, b):
+    """A difference that no sum around it may take apart."""
+    return a - b
+
+
+@fused
+def times(a, b):
+    """As :func:`minus`."""
+    return a * b
 
 
 @inner

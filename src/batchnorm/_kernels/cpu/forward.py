@@ -8,10 +8,28 @@ import numpy as np
 from batchnorm._kernels.cpu.activations import activation_functions
 from batchnorm._kernels.cpu.arguments import RESIDUAL, ROW_STRIDE, ROWS, SPATIAL, WIDTH, X, Y
 from batchnorm._kernels.cpu.driver import kernel, piece, row_columns, streamed
-from batchnorm._kernels.cpu.elements import ELEMENTS, carray, inner, look_ahead, picker, pointer, simd, stream
+from batchnorm._kernels.cpu.elements import (
+    ELEMENTS,
+    carray,
+    inner,
+    look_ahead,
+    minus,
+    picker,
+    pointer,
+    simd,
+    stream,
+    summing,
+)
 from batchnorm._kernels.cpu.geometry import BLOCK
 from batchnorm._kernels.cpu.masks import mask_words, packer
-from batchnorm._kernels.cpu.statistics import affine_function, finish_function, own_columns, repeat, shift_function
+from batchnorm._kernels.cpu.statistics import (
+    affine_function,
+    finish_function,
+    own_columns,
+    repeat,
+    shifts_function,
+    spread,
+)
 
 f8 = np.float64
 
@@ -27,20 +45,21 @@ def forward(form: str, dtype: str, activation: str | None, residual: bool, mask:
 def reduce_rows(dtype: str) -> Any:
     element, _, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    shift_of = shift_function(dtype)
+    shifts = shifts_function(dtype)
 
-    @simd
+    @summing
     def sums(x, n, shift):
         s, q = 0.0, 0.0
         for i in range(n):
-            d = f8(read(x[i])) - shift
+            d = minus(f8(read(x[i])), shift)
             s += d
             q += d * d
         return s, q
 
     @inner
     def reduce(a, u, k, partials, scratch, new):
-        shift = shift_of(a, u)
+        shifts(a, u, 1, carray(pointer(scratch), (1,), np.float64))
+        shift = carray(pointer(scratch), (1,), np.float64)[0]
         first_row, last_row, left, n = piece(a, u, k)
         s, q = 0.0, 0.0
         stride = size * a[ROW_STRIDE]
@@ -61,12 +80,12 @@ def reduce_rows(dtype: str) -> Any:
 def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    affine = affine_function(real)
+    channel = channel_function(real)
     write_row = row_writer(dtype, activation, residual, mask, per_column=False)
 
     @inner
     def apply(a, u, k, scratch, new):
-        mu, scale, shift = affine(a, u)
+        mu, scale, shift = channel(a, u, scratch)
         first_row, last_row, left, n = piece(a, u, k)
         for row in range(first_row, last_row):
             for first in range(0, n, BLOCK):
@@ -74,6 +93,21 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
                 write_row(a, u, k, row, first, offset, min(BLOCK, n - first), mu, scale, shift, scratch)
 
     return apply
+
+
+def channel_function(real: type) -> Any:
+    """``channel(a, c, scratch)``: mu, scale and shift of one channel, as numbers."""
+    affine = affine_function(real)
+
+    @inner
+    def channel(a, c, scratch):
+        mu = carray(pointer(scratch), (1,), real)
+        scale = carray(pointer(scratch + 8), (1,), real)
+        shift = carray(pointer(scratch + 16), (1,), real)
+        affine(a, c, 1, mu, scale, shift)
+        return mu[0], scale[0], shift[0]
+
+    return channel
 
 
 def row_writer(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
@@ -119,7 +153,7 @@ def row_writer(dtype: str, activation: str | None, residual: bool, mask: bool, p
 def reduce_columns(dtype: str) -> Any:
     element, _, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    shift_of = shift_function(dtype)
+    shifts = shifts_function(dtype)
 
     @simd
     def add_four(x0, x1, x2, x3, shift, s, q, n):
@@ -141,13 +175,10 @@ def reduce_columns(dtype: str) -> Any:
         first_row, last_row, left, n = piece(a, u, k)
         width, stride = a[WIDTH], size * a[ROW_STRIDE]
         shift = carray(pointer(scratch), (n,), np.float64)
-        own, spatial = own_columns(a, n), a[SPATIAL]
         if new:
-            for j in range(own // spatial):
-                value = shift_of(a, left // spatial + j)
-                for i in range(j * spatial, (j + 1) * spatial):
-                    shift[i] = value
-            repeat(shift, own, n)
+            values = carray(pointer(scratch + 8 * width), (n,), np.float64)
+            shifts(a, left // a[SPATIAL], own_columns(a, n) // a[SPATIAL], values)
+            spread(a, values, n, shift)
         out = partials + 16 * width * k
         s, q = carray(pointer(out), (n,), np.float64), carray(pointer(out + 8 * width), (n,), np.float64)
         s[:], q[:] = 0.0, 0.0
@@ -195,20 +226,25 @@ def affine_expander(real: type) -> Any:
 
     @inner
     def expand(a, left, n, scratch, new):
-        spatial, width = a[SPATIAL], 8 * a[WIDTH]
+        width = 8 * a[WIDTH]
         mu = carray(pointer(scratch + width), (n,), real)
         scale = carray(pointer(scratch + 2 * width), (n,), real)
         shift = carray(pointer(scratch + 3 * width), (n,), real)
-        if not new:
-            return mu, scale, shift
-        own = own_columns(a, n)
-        for j in range(own // spatial):
-            m, c, b = affine(a, left // spatial + j)
-            for i in range(j * spatial, (j + 1) * spatial):
-                mu[i], scale[i], shift[i] = m, c, b
-        repeat(mu, own, n)
-        repeat(scale, own, n)
-        repeat(shift, own, n)
+        if new:
+            first, channels = left // a[SPATIAL], own_columns(a, n) // a[SPATIAL]
+            if a[SPATIAL] == 1:
+                affine(a, first, channels, mu, scale, shift)
+                repeat(mu, channels, n)
+                repeat(scale, channels, n)
+                repeat(shift, channels, n)
+            else:
+                values = carray(pointer(scratch + 4 * width), (n,), real)
+                more = carray(pointer(scratch + 5 * width), (n,), real)
+                last = carray(pointer(scratch + 6 * width), (n,), real)
+                affine(a, first, channels, values, more, last)
+                spread(a, values, n, mu)
+                spread(a, more, n, scale)
+                spread(a, last, n, shift)
         return mu, scale, shift
 
     return expand

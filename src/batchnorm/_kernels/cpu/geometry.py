@@ -26,7 +26,7 @@ SEGMENT_ELEMENTS = 16384
 # Short rows without a gap are joined to longer ones while this many rows remain.
 LEAST_ROWS = 64
 # private memory per column: sums, shifts, coefficients and results on their way, 8 bytes each
-PER_COLUMN_BYTES = 8 * 8
+PER_COLUMN_BYTES = 10 * 8
 # Results of more bytes than a cache holds are written past it.
 STREAM_ELEMENTS = 6 << 20
 

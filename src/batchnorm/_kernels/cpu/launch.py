@@ -77,19 +77,24 @@ def plan(samples: int, channels: int, positions: int, channels_last: bool) -> Pl
     return Plan(geometry, Struct("15q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS)
 
 
-RUN = Struct("3q").pack
+RUN = Struct("4q").pack
 
 
-def run(kernel: Kernel, plan: Plan, fields: bytes) -> None:
-    """Run a kernel on a record whose last part is ``fields``, from REDUCE on."""
+def run(kernel: Kernel, plan: Plan, fields: bytes, sums: int = 0) -> None:
+    """Run a kernel on a record whose last part is ``fields``, from REDUCE on.
+
+    ``sums`` is the address of sum_dy and sum_dy_xmu for callers that give them or want to have them.
+    """
     geometry = plan.geometry
     threads = team_size() if plan.parallel else 1
     if threads == 1 or POOL is None:
-        memory = scratch.at_least(geometry.scratch_bytes)
-        kernel.call(b"".join((plan.header, SERIAL, RUN(0, memory, 0), fields)))
+        memory = scratch.at_least(geometry.scratch_bytes + 16 * geometry.channels)
+        record = b"".join((plan.header, SERIAL, RUN(0, memory, 0, sums or memory + geometry.scratch_bytes), fields))
+        kernel.call(record)
         return
     private = threads * geometry.scratch_bytes
     blocked = geometry.units < STRIPS_PER_THREAD * threads and geometry.units % threads != 0
-    memory = scratch.at_least(private + (geometry.partial_bytes if blocked else 0))
-    record = b"".join((plan.header, POOL.addresses, RUN(blocked, memory, memory + private), fields))
-    POOL.start(kernel.address, record, threads, 0)
+    shared = geometry.partial_bytes if blocked else 0
+    memory = scratch.at_least(private + shared + 16 * geometry.channels)
+    numbers = RUN(blocked, memory, memory + private, sums or memory + private + shared)
+    POOL.start(kernel.address, b"".join((plan.header, POOL.addresses, numbers, fields)), threads, 0)

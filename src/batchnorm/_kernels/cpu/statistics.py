@@ -11,6 +11,7 @@ from batchnorm._kernels.cpu.arguments import (
     CHUNKS,
     COLUMNS,
     COUNT,
+    COUNTER,
     EPS,
     GIVEN,
     MEAN,
@@ -40,110 +41,178 @@ def channels_of(a, u):
 
 
 @inner
-def total_of_strip(a, j, partials):
-    """The two sums of a strip that is one channel."""
-    chunks = a[CHUNKS]
-    sums = carray(pointer(partials), (2 * chunks,), np.float64)
-    first, second = 0.0, 0.0
-    for k in range(chunks):
-        first += sums[2 * k]
-        second += sums[2 * k + 1]
-    return first, second
+def add_chunks(a, partials, columns):
+    """Add the sums of all chunks of a strip to those of its first."""
+    both = carray(pointer(partials), (2 * columns,), np.float64)
+    for k in range(1, a[CHUNKS]):
+        add(both, carray(pointer(partials + k * 16 * columns), (2 * columns,), np.float64), 2 * columns)
+
+
+@simd
+def add(total, more, n):
+    for i in range(n):
+        total[i] += more[i]
 
 
 @inner
-def total_of_columns(a, j, partials):
-    """The two sums of channel j of a strip with a sum per column."""
-    width, spatial, chunks = a[WIDTH], a[SPATIAL], a[CHUNKS]
-    first, second = 0.0, 0.0
-    for k in range(chunks):
-        sums = carray(pointer(partials + k * 16 * width), (2 * width,), np.float64)
-        for tile in range(0, width, width // a[TILES]):
-            for i in range(tile + j * spatial, tile + (j + 1) * spatial):
-                first += sums[i]
-                second += sums[width + i]
+def sums_of_strip(a, partials):
+    """The two sums of a strip that is one channel, as arrays of one number."""
+    add_chunks(a, partials, 1)
+    return carray(pointer(partials), (1,), np.float64), carray(pointer(partials + 8), (1,), np.float64)
+
+
+@inner
+def sums_of_columns(a, partials):
+    """The two sums of every channel of a strip that has a sum per column."""
+    width, spatial = a[WIDTH], a[SPATIAL]
+    add_chunks(a, partials, width)
+    first = carray(pointer(partials), (width,), np.float64)
+    second = carray(pointer(partials + 8 * width), (width,), np.float64)
+    own = width // a[TILES]
+    for tile in range(own, width, own):
+        add(first, first[tile:], own)
+        add(second, second[tile:], own)
+    if spatial > 1:
+        for j in range(own // spatial):
+            s, q = 0.0, 0.0
+            for i in range(j * spatial, (j + 1) * spatial):
+                s += first[i]
+                q += second[i]
+            first[j], second[j] = s, q
     return first, second
 
 
-def shift_function(dtype: str) -> Any:
-    """``shift(a, c)``: a value of channel c. Sums of what is left after it is subtracted keep their digits.
+def shifts_function(dtype: str) -> Any:
+    """``shifts(a, first, n, out)``: a value of each of n channels. Sums of what is left after it keep their digits.
 
     Source:
         Chan, Golub, LeVeque: Algorithms for computing the sample variance, 1983 (shifted data).
     """
     element, _, read, _ = ELEMENTS[dtype]
 
-    @inner
-    def shift(a, c):
-        spatial = a[SPATIAL]
-        value = f8(read(carray(pointer(a[X]), (a[CHANNELS] * spatial,), element)[c * spatial]))
-        # with inf as shift, every difference would be NaN
-        return value if abs(value) < np.inf else 0.0
+    @simd
+    def first_values(x, spatial, n, out):
+        for j in range(n):
+            value = f8(read(x[j * spatial]))
+            # with inf as shift, every difference would be NaN
+            out[j] = value if abs(value) < np.inf else 0.0
 
-    return shift
+    @inner
+    def shifts(a, first, n, out):
+        spatial = a[SPATIAL]
+        x = carray(pointer(a[X]), (a[CHANNELS] * spatial,), element)[first * spatial :]
+        if spatial == 1:
+            first_values(x, 1, n, out)
+        else:
+            first_values(x, spatial, n, out)
+
+    return shifts
 
 
 def affine_function(real: type) -> Any:
-    """``affine(a, c)``: (mu, scale, shift) of channel c, with z = (x - mu) * scale + shift.
+    """``affine(a, first, n, mu, scale, shift)`` of n channels, with z = (x - mu) * scale + shift.
 
     ``x - mu`` is exact where x is near mu; what mu lost when it was rounded is part of the shift.
     """
 
-    @inner
-    def affine(a, c):
-        channels = a[CHANNELS]
-        saved = carray(pointer(a[SAVED]), (2 * channels,), np.float64)
-        mean, scale, shift = saved[c], saved[channels + c], 0.0
-        if a[WEIGHT] != 0:
-            scale *= f8(carray(pointer(a[WEIGHT]), (channels,), real)[c])
-        if a[BIAS] != 0:
-            shift = f8(carray(pointer(a[BIAS]), (channels,), real)[c])
-        mu = real(mean)
-        rest = mean - f8(mu)
-        # inf - inf
-        if rest == rest:
-            shift -= rest * scale
-        return mu, real(scale), real(shift)
+    @simd
+    def combine(mean, invstd, weight, bias, has_weight, has_bias, n, mu, scale, shift):
+        for j in range(n):
+            slope = invstd[j] * (f8(weight[j]) if has_weight else 1.0)
+            center = real(mean[j])
+            rest = mean[j] - f8(center)
+            # inf - inf
+            rest = rest if rest == rest else 0.0
+            mu[j] = center
+            scale[j] = real(slope)
+            shift[j] = real((f8(bias[j]) if has_bias else 0.0) - rest * slope)
 
+    @inner
+    def affine(a, first, n, mu, scale, shift):
+        mean, invstd = saved_of(a, first, n)
+        # where there is none, it is not read
+        weight = carray(pointer((a[WEIGHT] if a[WEIGHT] != 0 else a[SAVED]) + first * size), (n,), real)
+        bias = carray(pointer((a[BIAS] if a[BIAS] != 0 else a[SAVED]) + first * size), (n,), real)
+        combine(mean, invstd, weight, bias, a[WEIGHT] != 0, a[BIAS] != 0, n, mu, scale, shift)
+
+    size = np.dtype(real).itemsize
     return affine
+
+
+@inner
+def saved_of(a, first, n):
+    """Mean and 1 / sqrt(var + eps) of n channels."""
+    start = a[SAVED] + 8 * first
+    mean = carray(pointer(start), (n,), np.float64)
+    return mean, carray(pointer(start + 8 * a[CHANNELS]), (n,), np.float64)
 
 
 def finish_function(dtype: str, partial_columns: bool) -> Any:
     """``finish(a, u, partials)``: the statistics of the channels of strip u; the running statistics follow them."""
     real = ELEMENTS[dtype][1]
-    shift = shift_function(dtype)
-    total = total_of_columns if partial_columns else total_of_strip
+    size = np.dtype(real).itemsize
+    shifts = shifts_function(dtype)
+    sums = sums_of_columns if partial_columns else sums_of_strip
+
+    @simd
+    def moments(s, q, count, n, means, variances):
+        """In: the shifts in ``means``. Out: mean and variance."""
+        for j in range(n):
+            mean = s[j] / count
+            var = q[j] / count - mean * mean
+            # rounding; NaN stays
+            variances[j] = 0.0 if var < 0.0 else var
+            means[j] += mean
+
+    @simd
+    def widen(source, n, target):
+        for j in range(n):
+            target[j] = f8(source[j])
+
+    @simd
+    def narrow(source, n, target):
+        for j in range(n):
+            target[j] = real(source[j])
+
+    @simd
+    def move(running, new, n, momentum, factor):
+        for j in range(n):
+            running[j] = real((1.0 - momentum) * f8(running[j]) + momentum * (new[j] * factor))
+
+    @simd
+    def invert(variances, n, eps):
+        for j in range(n):
+            variances[j] = 1.0 / math.sqrt(variances[j] + eps)
 
     @inner
     def finish(a, u, partials):
         given = a[GIVEN]
         if given == SAVED_BEFORE:
             return
-        channels, eps, momentum = a[CHANNELS], number(a[EPS]), number(a[MOMENTUM])
-        count = f8(a[COUNT])
-        saved = carray(pointer(a[SAVED]), (2 * channels,), np.float64)
-        running_mean = carray(pointer(a[RUNNING_MEAN]), (channels,), real)
-        running_var = carray(pointer(a[RUNNING_VAR]), (channels,), real)
-        means, variances = (carray(pointer(a[MEAN]), (channels,), real), carray(pointer(a[VAR]), (channels,), real))
         first, last = channels_of(a, u)
-        for c in range(first, last):
-            if given == RUNNING:
-                mean, var = f8(running_mean[c]), f8(running_var[c])
-            else:
-                s, q = total(a, c - first, partials)
-                mean = s / count
-                var = q / count - mean * mean
-                # rounding; NaN stays
-                var = 0.0 if var < 0.0 else var
-                mean += shift(a, c)
-                if a[RUNNING_MEAN] != 0:
-                    unbiased = var * (count / (count - 1.0))
-                    running_mean[c] = real((1.0 - momentum) * f8(running_mean[c]) + momentum * mean)
-                    running_var[c] = real((1.0 - momentum) * f8(running_var[c]) + momentum * unbiased)
-                if a[MEAN] != 0:
-                    means[c], variances[c] = real(mean), real(var)
-            saved[c] = mean
-            saved[channels + c] = 1.0 / math.sqrt(var + eps)
+        n = last - first
+        # the place of 1 / sqrt(var + eps) holds the variance at first
+        means, variances = saved_of(a, first, n)
+        running_mean = carray(pointer(a[RUNNING_MEAN] + size * first), (n,), real)
+        running_var = carray(pointer(a[RUNNING_VAR] + size * first), (n,), real)
+        if given == RUNNING:
+            widen(running_mean, n, means)
+            widen(running_var, n, variances)
+        else:
+            count = f8(a[COUNT])
+            s, q = sums(a, partials)
+            shifts(a, first, n, means)
+            moments(s, q, count, n, means, variances)
+            if a[RUNNING_MEAN] != 0:
+                momentum = number(a[MOMENTUM])
+                move(running_mean, means, n, momentum, 1.0)
+                move(running_var, variances, n, momentum, count / (count - 1.0))
+            if a[MEAN] != 0:
+                narrow(means, n, carray(pointer(a[MEAN] + size * first), (n,), real))
+                narrow(variances, n, carray(pointer(a[VAR] + size * first), (n,), real))
+            if a[COUNTER] != 0 and u == 0:
+                carray(pointer(a[COUNTER]), (1,), np.int64)[0] += 1
+        invert(variances, n, number(a[EPS]))
 
     return finish
 
@@ -158,6 +227,24 @@ def own_columns(a, n):
 def copy(source, target, n):
     for i in range(n):
         target[i] = source[i]
+
+
+@inner
+def spread(a, values, n, out):
+    """The number of every column's channel, from those of the strip's channels."""
+    own, spatial = own_columns(a, n), a[SPATIAL]
+    if spatial == 1:
+        copy(values, out, own)
+    else:
+        for j in range(own // spatial):
+            fill(out[j * spatial :], values[j], spatial)
+    repeat(out, own, n)
+
+
+@simd
+def fill(out, value, n):
+    for i in range(n):
+        out[i] = value
 
 
 @inner
