@@ -9,6 +9,7 @@ Measured with the defaults on two cores (results/mnist): 97.2 % without BN, 97.6
 import dataclasses
 import functools
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.environment import describe_environment
 from batchnorm.errors import RunError
 from batchnorm.experiments.claims import claims_record
 from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist, load_mnist
 from batchnorm.experiments.mnist_claims import ARMS, figure1_claims
-from batchnorm.experiments.models.mlp import StackedMLP
+from batchnorm.experiments.models.mlp import StackedBatchNorm, StackedMLP
 from batchnorm.experiments.run_folder import TIMING, WORK, finish_run, open_run
 from batchnorm.experiments.training import PHASES, Timing, read_rows, train
 from batchnorm.experiments.workers import report_progress, run_jobs, should_stop
@@ -73,6 +74,10 @@ class Options:
     eps: float = 1e-5
     device: str = "cpu"
     stacks: int = 1
+
+
+# For the comparison of layers; 1.2 s in all
+ROUNDS, STEPS_OF_A_ROUND = 5, 100
 
 
 class MnistTask:
@@ -253,14 +258,16 @@ def train_all(
     write_json(folder / "environment.json", {**describe_environment(), "threads": workers})
     started = time.perf_counter()
     arguments = [(name, (name, *job, folder)) for name, job in jobs.items()]
-    timings = run_jobs(train_job, arguments, workers=workers, on_progress=on_progress)
+    results = run_jobs(train_job, arguments, workers=workers, on_progress=on_progress)
+    timings = {name: timing for name, (timing, _) in results.items()}
     totals = [sum(timing) for timing in timings.values()]
     # a resumed run took longer than this session, by as much as its tasks remember
     training_seconds = max(time.perf_counter() - started, max(totals), sum(totals) / workers)
     arms: dict[str, dict[str, Any]] = {}
     for name, (label, _, seeds, options, _) in jobs.items():
         # the first stack of an arm is its largest
-        arms.setdefault(label, describe_timing(timings[name], options.steps, len(seeds)))
+        if label not in arms:
+            arms[label] = describe_timing(timings[name], options.steps, len(seeds)) | results[name][1]
     write_json(folder / TIMING, {"training_seconds": round(training_seconds, 2), "arms": arms})
     rows = [row for name in jobs for row in read_rows(folder / WORK / f"{name}.jsonl")]
     return sorted(rows, key=lambda row: (row["arm"], row["seed"], row["step"]))
@@ -268,8 +275,11 @@ def train_all(
 
 def train_job(
     name: str, label: str, arm: str, seeds: list[int], options: Options, data_folder: Path | None, folder: Path
-) -> Timing:
-    """Train one stack in a worker and leave each network's final weights."""
+) -> tuple[Timing, dict[str, Any]]:
+    """Train one stack in a worker and leave each network's final weights.
+
+    Returns where the time went and, with BN, what its layers cost.
+    """
     task = MnistTask(name, arm, seeds, options, load_mnist(data_folder, options.input))
     (folder / WORK).mkdir(exist_ok=True)
     report = functools.partial(report_progress, name)
@@ -277,7 +287,36 @@ def train_job(
     (folder / "checkpoints").mkdir(exist_ok=True)
     for i, seed in enumerate(seeds):
         write_atomic(folder / "checkpoints" / f"{label}-seed{seed}.safetensors", save(task.model.network_state(i)))
-    return timing
+    return timing, {"step_in_turn_microseconds": steps_in_turn(task)} if arm == "bn" else {}
+
+
+def steps_in_turn(task: MnistTask) -> dict[str, float]:
+    """Microseconds of a step with our fused layers and with torch's, by turns; the weights of the task change.
+
+    Both go through the same steps; the median over the rounds is taken.
+    """
+    model = task.model.train()
+    stacked_norms = [norm for norm in model.norms if isinstance(norm, StackedBatchNorm)]
+    fused: list[nn.Module] = [stacked.norm for stacked in stacked_norms]
+    torchs: list[nn.Module] = [
+        nn.Sequential(nn.BatchNorm1d(norm.num_features, norm.eps, norm.momentum), nn.Sigmoid())
+        for norm in (stacked.norm for stacked in stacked_norms)
+    ]
+    seconds: dict[str, list[float]] = {"torch": [], "fused": []}
+    steps = min(STEPS_OF_A_ROUND, task.steps)
+    for _ in range(ROUNDS):
+        for name, layers in (("torch", torchs), ("fused", fused)):
+            for stacked, layer in zip(stacked_norms, layers, strict=True):
+                stacked.add_module("norm", layer)
+            optimizer = torch.optim.SGD(model.parameters(), lr=task.options.learning_rate, fused=True)
+            started = time.perf_counter()
+            for step in range(steps):
+                loss = task.loss(*task.batch(step))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            seconds[name].append((time.perf_counter() - started) / steps)
+    return {name: round(statistics.median(times) * 1e6, 1) for name, times in seconds.items()}
 
 
 def describe_timing(timing: Timing, steps: int, networks: int) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class ArmTiming:
     step_microseconds: dict[str, float]  # by phase, in the order of PHASES
     evaluation_seconds: float
     checkpoint_seconds: float
+    step_in_turn_microseconds: dict[str, float] | None = None  # with torch's layers and with the fused ones
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,18 @@ def read_timing(record: dict[str, Any], path: Path) -> list[ArmTiming]:
                 step_microseconds={phase: finite(phases, phase, path, where) for phase in PHASES},
                 evaluation_seconds=finite(entry, "evaluation_seconds", path, where),
                 checkpoint_seconds=finite(entry, "checkpoint_seconds", path, where),
+                step_in_turn_microseconds=read_in_turn(entry, path, where),
             )
         )
     return timing
+
+
+def read_in_turn(entry: dict[str, Any], path: Path, where: str) -> dict[str, float] | None:
+    """Records of earlier versions have no such comparison, nor has an arm without BN."""
+    if "step_in_turn_microseconds" not in entry:
+        return None
+    times = field(entry, "step_in_turn_microseconds", dict, path, where)
+    return {layers: finite(times, layers, path, where) for layers in ("torch", "fused")}
 
 
 def read_points(record: dict[str, Any], path: Path) -> list[Point]:

@@ -32,16 +32,27 @@ class StackedLinear(nn.Module):
 
 
 class StackedBatchNorm(nn.Module):
-    """BN of (S, m, features): each network normalizes over its own m examples. One BatchNorm1d of S x features."""
+    """BN of (S, m, features) and the sigmoid after it: each network normalizes over its own m examples.
+
+    One BatchNorm1d of S x features, with the sigmoid as part of it.
+    """
 
     def __init__(self, stack: int, features: int, eps: float, momentum: float) -> None:
         super().__init__()
-        self.norm = batchnorm.nn.BatchNorm1d(stack * features, eps=eps, momentum=momentum)
+        self.norm = batchnorm.nn.BatchNorm1d(stack * features, eps=eps, momentum=momentum, activation="sigmoid")
 
     def forward(self, input: Tensor) -> Tensor:
         stack, count, features = input.shape
         output = self.norm(input.transpose(0, 1).reshape(count, stack * features))
         return output.view(count, stack, features).transpose(0, 1)
+
+    def before_sigmoid(self, input: Tensor) -> Tensor:
+        """What the sigmoid receives."""
+        self.norm.activation = None
+        try:
+            return self(input)
+        finally:
+            self.norm.activation = "sigmoid"
 
 
 class StackedMLP(nn.Module):
@@ -80,7 +91,7 @@ class StackedMLP(nn.Module):
         *hidden, last = itertools.pairwise(sizes)
         self.linears = nn.ModuleList(StackedLinear(stack, n_in, n_out, not batch_norm) for n_in, n_out in hidden)
         self.norms = nn.ModuleList(
-            StackedBatchNorm(stack, n_out, eps, momentum) if batch_norm else nn.Identity() for _, n_out in hidden
+            StackedBatchNorm(stack, n_out, eps, momentum) if batch_norm else nn.Sigmoid() for _, n_out in hidden
         )
         self.output = StackedLinear(stack, *last, True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -90,14 +101,18 @@ class StackedMLP(nn.Module):
                     weight.normal_(0.0, init_std, generator=generator)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.output(torch.sigmoid(self.last_sigmoid_input(input)))
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            input = norm(linear(input))
+        return self.output(input)
 
     def last_sigmoid_input(self, input: Tensor) -> Tensor:
         """What goes into the sigmoids of the last hidden layer, (S, m, features); with BN, that is BN's output."""
-        z = input
-        for i, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
-            z = norm(linear(z if i == 0 else torch.sigmoid(z)))
-        return z
+        *linears, last_linear = self.linears
+        *norms, last_norm = self.norms
+        for linear, norm in zip(linears, norms, strict=True):
+            input = norm(linear(input))
+        z = last_linear(input)
+        return last_norm.before_sigmoid(z) if isinstance(last_norm, StackedBatchNorm) else z
 
     def network_state(self, i: int) -> dict[str, Tensor]:
         """The i-th network alone, in the names and shapes of ``nn.Linear`` and ``nn.BatchNorm1d``."""
