@@ -5,7 +5,7 @@ import os
 import platform
 from typing import Any
 
-PACKAGES = ("batchnorm", "torch", "numpy", "safetensors", "matplotlib")
+PACKAGES = ("batchnorm", "torch", "numpy", "numba", "safetensors", "matplotlib")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -26,7 +26,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "kernels": ["aten"],
+        "kernels": ["kernel", "aten"] if installed_version("numba") else ["aten"],
         "packages": {name: installed_version(name) for name in PACKAGES},
     }
 
