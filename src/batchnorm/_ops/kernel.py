@@ -22,6 +22,8 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 # Their backward needs one bit per element instead of what went into them.
 PIECEWISE = ("relu", "relu6", "leaky_relu")
 LEAKY_RELU_SLOPE = 0.01
+# Their derivative is a function of the output, which the next layer keeps anyway.
+BY_OUTPUT = ("sigmoid", "tanh")
 
 # Which statistics normalize, in the words of the kernels' ``arguments.py``
 BATCH, RUNNING = 0, 1
@@ -142,12 +144,15 @@ def backward(
     activation: str | None,
     given: int,
     needs_input: bool,
+    output: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """Gradients of input, weight, bias and of the sum before the activation."""
     plan = plan_for(input)
     geometry = plan.geometry
     dtype = statistics_dtype(input)
     has_sum = activation is not None and (residual is not None or mask is not None)
+    if output is not None:
+        activation, residual = f"{activation}_by_output", output
     kernel = compiled("backward", geometry.form, DTYPES[input.dtype], activation, has_sum, mask is not None)
     weight, bias = parameter(weight, dtype), parameter(bias, dtype)
     grad_input = empty_like(input)
@@ -241,15 +246,16 @@ class KernelBatchNorm(torch.autograd.Function):
         output, saved, mask = forward(input, weight, bias, residual, eps, activation, statistics, masked)
         ctx.set_materialize_grads(False)
         ctx.call = (eps, activation, given, residual is not None, output.stride())
-        kept = residual if activation is not None and not masked else None
-        ctx.save_for_backward(None if frozen else input, weight, bias, kept, saved, mask)
+        kept = None if activation is None or masked else residual
+        result = output if activation in BY_OUTPUT and residual is None else None
+        ctx.save_for_backward(None if frozen else input, weight, bias, kept, saved, mask, result)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad_output is None:
             return (None,) * 7
-        input, weight, bias, residual, saved, mask = ctx.saved_tensors
+        input, weight, bias, residual, saved, mask, output = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         _, activation, given, has_residual, strides = ctx.call
         if grad_output.stride() != strides:
@@ -264,7 +270,7 @@ class KernelBatchNorm(torch.autograd.Function):
             grad_input, grad_sum = backward_frozen(grad_output, weight, saved, mask, activation, apart)
         else:
             grad_input, grad_weight, grad_bias, grad_sum = backward(
-                grad_output, input, weight, bias, residual, saved, mask, activation, given, needs_input
+                grad_output, input, weight, bias, residual, saved, mask, activation, given, needs_input, output
             )
             grad_weight = as_dtype(grad_weight, weight.dtype) if needs_weight else None
             grad_bias = as_dtype(grad_bias, bias.dtype) if needs_bias else None
@@ -277,7 +283,7 @@ class KernelBatchNorm(torch.autograd.Function):
 
 def gradients_again(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight, bias and residual, to be differentiated again."""
-    input, weight, bias, residual, saved, mask = ctx.saved_tensors
+    input, weight, bias, residual, saved, mask, _ = ctx.saved_tensors
     eps, activation, given, has_residual, _ = ctx.call
     if mask is not None:
         slope = LEAKY_RELU_SLOPE if activation == "leaky_relu" else 0.0

@@ -160,9 +160,15 @@ def activation_functions(name: str | None, real: type) -> tuple[Callable[..., An
         s = one / (one + exp(-z))
         return grad * (s * (one - s))
 
+    def sigmoid_by_output(y, grad):
+        return grad * (y * (one - y))
+
     def tanh_backward(z, grad):
         t = tanh(z)
         return grad * (one - t * t)
+
+    def tanh_by_output(y, grad):
+        return grad * (one - y * y)
 
     def silu(z):
         return z / (one + exp(-z))
@@ -207,12 +213,17 @@ def activation_functions(name: str | None, real: type) -> tuple[Callable[..., An
         "gelu": (gelu, gelu_backward),
         "mish": (mish, mish_backward),
         "sigmoid": (sigmoid, sigmoid_backward),
+        "sigmoid_by_output": (sigmoid, sigmoid_by_output),
         "tanh": (tanh.py_func, tanh_backward),
+        "tanh_by_output": (tanh.py_func, tanh_by_output),
         "hardswish": (hardswish, hardswish_backward),
     }
     forward, backward = functions[name]
     return fused(forward), fused(backward)
 
+
+# The derivative as a function of the output, for a backward pass that has it.
+BY_OUTPUT = ("sigmoid_by_output", "tanh_by_output")
 
 # Their backward needs to know of z only on which side of a threshold it lay, and the output tells that too.
 PIECEWISE = ("relu", "relu6", "leaky_relu")

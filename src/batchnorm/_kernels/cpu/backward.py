@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm._kernels.cpu.activations import PIECEWISE, activation_functions
+from batchnorm._kernels.cpu.activations import BY_OUTPUT, PIECEWISE, activation_functions
 from batchnorm._kernels.cpu.arguments import (
     BATCH,
     CHANNELS,
@@ -27,6 +27,7 @@ from batchnorm._kernels.cpu.arguments import (
     REDUCE,
     RESIDUAL,
     ROW_STRIDE,
+    ROWS,
     SAVED,
     SPATIAL,
     STREAM,
@@ -77,7 +78,7 @@ def backward(form: str, dtype: str, activation: str | None, residual: bool, mask
 
 def keeps_gradient(activation: str | None, residual: bool) -> bool:
     """Whether ``reduce`` stores g for ``apply``: where it is a result, or costs more to compute than to read."""
-    return activation is not None and (residual or activation not in PIECEWISE)
+    return activation is not None and (residual or activation not in (*PIECEWISE, *BY_OUTPUT))
 
 
 def finish_function(dtype: str, partial_columns: bool) -> Any:
@@ -184,7 +185,7 @@ def slopes_expander(real: type) -> Any:
 
 
 def gradient_function(dtype: str, activation: str | None, residual: bool, per_column: bool) -> Any:
-    """``gradient(x, dy, z, i, mu, scale, shift)``: g of element i."""
+    """``gradient(x, dy, z, i, mu, scale, shift)``: g of element i; z holds residuals, or outputs."""
     _, real, read, _ = ELEMENTS[dtype]
     _, derivative = activation_functions(activation, real)
     at = picker(per_column)
@@ -194,6 +195,12 @@ def gradient_function(dtype: str, activation: str | None, residual: bool, per_co
         @inner
         def gradient(x, dy, z, i, mu, scale, shift):
             return read(dy[i])
+
+    elif activation in BY_OUTPUT:
+
+        @fused
+        def gradient(x, dy, z, i, mu, scale, shift):
+            return derivative(read(z[i]), read(dy[i]))
 
     elif residual:
 
@@ -212,62 +219,55 @@ def gradient_function(dtype: str, activation: str | None, residual: bool, per_co
     return gradient
 
 
-def row_function(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
-    """``reduce_row(a, u, k, row, first, offset, n, mu, scale, shift, s, q)``: the sums of a piece of a row.
-
-    Stores g where it is kept. With ``per_column`` the sums are added to the arrays s and q.
-    """
-    element, _, read, write = ELEMENTS[dtype]
-    stores = keeps_gradient(activation, residual)
+def keep_function(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
+    """``keep(a, u, k, row, first, offset, n, mu, scale, shift)``: store g of a piece of a row, where it is kept."""
+    element, _, _, write = ELEMENTS[dtype]
     kept = GRAD_RESIDUAL if residual else GRAD_INPUT
     gradient = gradient_function(dtype, None if mask else activation, residual, per_column)
     set_masked = masker(activation if mask else None, dtype)
-    stores_here = stores and not mask
+    stores = keeps_gradient(activation, residual)
 
-    if per_column:
-
-        @simd
-        def sums(x, dy, z, out, n, mu, scale, shift, s, q):
-            for i in range(n):
-                g = gradient(x, dy, z, i, mu, scale, shift)
-                if stores_here:
-                    out[i] = write(g)
-                s[i] += f8(g)
-                q[i] += f8(g) * f8(read(x[i]) - mu[i])
-            return 0.0, 0.0
-
-    else:
-
-        @summing
-        def sums(x, dy, z, out, n, mu, scale, shift, s, q):
-            sum_dy, sum_dy_xmu = 0.0, 0.0
-            for i in range(n):
-                g = gradient(x, dy, z, i, mu, scale, shift)
-                if stores_here:
-                    out[i] = write(g)
-                sum_dy += f8(g)
-                sum_dy_xmu += times(f8(g), f8(minus(read(x[i]), mu)))
-            return sum_dy, sum_dy_xmu
+    @simd
+    def set_gradient(x, dy, z, out, n, mu, scale, shift):
+        for i in range(n):
+            out[i] = write(gradient(x, dy, z, i, mu, scale, shift))
 
     @inner
-    def reduce_row(a, u, k, row, first, offset, n, mu, scale, shift, s, q):
-        x = carray(pointer(a[X] + offset), (n,), element)
-        dy = carray(pointer(a[GRAD_OUTPUT] + offset), (n,), element)
-        z = carray(pointer(a[RESIDUAL] + offset), (n,), element)
-        out = carray(pointer(a[kept] + offset), (n,), element)
+    def keep(a, u, k, row, first, offset, n, mu, scale, shift):
         if mask:
             set_masked(a[GRAD_OUTPUT] + offset, n, mask_words(a, u, k, row, first), a[kept] + offset)
-            return sums(x, out, z, out, n, mu, scale, shift, s, q)
-        return sums(x, dy, z, out, n, mu, scale, shift, s, q)
+        elif stores:
+            x = carray(pointer(a[X] + offset), (n,), element)
+            dy = carray(pointer(a[GRAD_OUTPUT] + offset), (n,), element)
+            z = carray(pointer(a[RESIDUAL] + offset), (n,), element)
+            set_gradient(x, dy, z, carray(pointer(a[kept] + offset), (n,), element), n, mu, scale, shift)
 
-    return reduce_row
+    return keep
+
+
+def source_of_gradient(activation: str | None, residual: bool) -> int:
+    """Where the sums read g: where it is kept, or grad_output."""
+    if not keeps_gradient(activation, residual):
+        return GRAD_OUTPUT
+    return GRAD_RESIDUAL if residual else GRAD_INPUT
 
 
 def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    element, real, _, _ = ELEMENTS[dtype]
+    element, real, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
     channel = channel_function(real)
-    reduce_row = row_function(dtype, activation, residual, mask, per_column=False)
+    keep = keep_function(dtype, activation, residual, mask, per_column=False)
+    source = source_of_gradient(activation, residual)
+    gradient = gradient_function(dtype, activation if source == GRAD_OUTPUT else None, residual, per_column=False)
+
+    @summing
+    def sums(x, g, z, n, mu, scale, shift):
+        sum_dy, sum_dy_xmu = 0.0, 0.0
+        for i in range(n):
+            value = gradient(x, g, z, i, mu, scale, shift)
+            sum_dy += f8(value)
+            sum_dy_xmu += times(f8(value), f8(minus(read(x[i]), mu)))
+        return sum_dy, sum_dy_xmu
 
     @inner
     def reduce(a, u, k, partials, scratch, new):
@@ -276,11 +276,15 @@ def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) 
         s, q, stride = 0.0, 0.0, size * a[ROW_STRIDE]
         for row in range(first_row, last_row):
             for first in range(0, n, BLOCK):
-                block = min(BLOCK, n - first)
+                m = min(BLOCK, n - first)
                 offset = row * stride + size * (left + first)
-                look_ahead(a[X] + offset + stride, size * block)
-                look_ahead(a[GRAD_OUTPUT] + offset + stride, size * block)
-                row_s, row_q = reduce_row(a, u, k, row, first, offset, block, mu, scale, shift, 0.0, 0.0)
+                look_ahead(a[X] + offset + stride, size * m)
+                look_ahead(a[GRAD_OUTPUT] + offset + stride, size * m)
+                keep(a, u, k, row, first, offset, m, mu, scale, shift)
+                x = carray(pointer(a[X] + offset), (m,), element)
+                g = carray(pointer(a[source] + offset), (m,), element)
+                z = carray(pointer(a[RESIDUAL] + offset), (m,), element)
+                row_s, row_q = sums(x, g, z, m, mu, scale, shift)
                 s += row_s
                 q += row_q
         out = carray(pointer(partials + 16 * k), (2,), np.float64)
@@ -290,10 +294,38 @@ def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) 
 
 
 def reduce_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    element, real, _, _ = ELEMENTS[dtype]
+    element, real, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
     expand = affine_expander(real)
-    reduce_row = row_function(dtype, activation, residual, mask, per_column=True)
+    keep = keep_function(dtype, activation, residual, mask, per_column=True)
+    source = source_of_gradient(activation, residual)
+    gradient = gradient_function(dtype, activation if source == GRAD_OUTPUT else None, residual, per_column=True)
+
+    @simd
+    def one(x, g, z, n, mu, scale, shift, s, q):
+        for i in range(n):
+            value = gradient(x, g, z, i, mu, scale, shift)
+            s[i] += f8(value)
+            q[i] += f8(value) * f8(read(x[i]) - mu[i])
+
+    @simd
+    def four(x0, x1, x2, x3, g0, g1, g2, g3, z0, z1, z2, z3, n, mu, scale, shift, s, q):
+        for i in range(n):
+            v0, v1 = gradient(x0, g0, z0, i, mu, scale, shift), gradient(x1, g1, z1, i, mu, scale, shift)
+            v2, v3 = gradient(x2, g2, z2, i, mu, scale, shift), gradient(x3, g3, z3, i, mu, scale, shift)
+            s[i] += (f8(v0) + f8(v1)) + (f8(v2) + f8(v3))
+            d0, d1 = f8(read(x0[i]) - mu[i]), f8(read(x1[i]) - mu[i])
+            d2, d3 = f8(read(x2[i]) - mu[i]), f8(read(x3[i]) - mu[i])
+            q[i] += (f8(v0) * d0 + f8(v1) * d1) + (f8(v2) * d2 + f8(v3) * d3)
+
+    @inner
+    def rows_of(base, offset, stride, m):
+        return (
+            carray(pointer(base + offset), (m,), element),
+            carray(pointer(base + offset + stride), (m,), element),
+            carray(pointer(base + offset + 2 * stride), (m,), element),
+            carray(pointer(base + offset + 3 * stride), (m,), element),
+        )
 
     @inner
     def reduce(a, u, k, partials, scratch, new):
@@ -304,12 +336,25 @@ def reduce_columns(dtype: str, activation: str | None, residual: bool, mask: boo
         s[:] = 0.0
         q[:] = 0.0
         stride = size * a[ROW_STRIDE]
-        for row in range(first_row, last_row):
-            offset = size * (row * a[ROW_STRIDE] + left)
-            if a[STREAM] != 0:
-                look_ahead(a[X] + offset + 2 * stride, size * n)
-                look_ahead(a[GRAD_OUTPUT] + offset + 2 * stride, size * n)
-            reduce_row(a, u, k, row, 0, offset, row_columns(a, row, left, n), mu, scale, shift, s, q)
+        row = first_row
+        while row < last_row:
+            # the last row of all may be shorter
+            rows = 4 if row + 4 <= last_row and row + 4 < a[ROWS] else 1
+            offset = row * stride + size * left
+            m = row_columns(a, row, left, n)
+            for r in range(rows):
+                if a[STREAM] != 0:
+                    look_ahead(a[X] + offset + (rows + r) * stride, size * n)
+                    look_ahead(a[GRAD_OUTPUT] + offset + (rows + r) * stride, size * n)
+                keep(a, u, k, row + r, 0, offset + r * stride, m, mu, scale, shift)
+            x0, x1, x2, x3 = rows_of(a[X], offset, stride, m)
+            g0, g1, g2, g3 = rows_of(a[source], offset, stride, m)
+            z0, z1, z2, z3 = rows_of(a[RESIDUAL], offset, stride, m)
+            if rows == 4:
+                four(x0, x1, x2, x3, g0, g1, g2, g3, z0, z1, z2, z3, m, mu, scale, shift, s, q)
+            else:
+                one(x0, g0, z0, m, mu, scale, shift, s, q)
+            row += rows
 
     return reduce
 
@@ -325,9 +370,9 @@ def input_gradient_function(dtype: str, activation: str | None, residual: bool, 
     at = picker(per_column)
 
     @simd
-    def combine(x, dy, dx, n, mu, scale, shift, of_g, of_x, constant):
+    def combine(x, dy, z, dx, n, mu, scale, shift, of_g, of_x, constant):
         for i in range(n):
-            g = read(dx[i]) if in_place else gradient(x, dy, dy, i, mu, scale, shift)
+            g = read(dx[i]) if in_place else gradient(x, dy, z, i, mu, scale, shift)
             d = read(x[i]) - at(mu, i)
             slope = at(of_x, i)
             dx[i] = write(g * at(of_g, i) + (d * slope + at(constant, i)))
@@ -336,10 +381,11 @@ def input_gradient_function(dtype: str, activation: str | None, residual: bool, 
     def apply_row(a, offset, n, mu, scale, shift, of_g, of_x, constant, buffer):
         x = carray(pointer(a[X] + offset), (n,), element)
         dy = carray(pointer(a[source] + offset), (n,), element)
+        z = carray(pointer(a[RESIDUAL] + offset), (n,), element)
         target = a[GRAD_INPUT] + offset
         streams = not in_place and streamed(a, target, size * n)
         dx = carray(pointer(buffer if streams else target), (n,), element)
-        combine(x, dy, dx, n, mu, scale, shift, of_g, of_x, constant)
+        combine(x, dy, z, dx, n, mu, scale, shift, of_g, of_x, constant)
         if streams:
             stream(target, buffer, size * n)
 
