@@ -74,7 +74,7 @@ class Recorder:
             self.running.append(name)
             self.ran.add(name)
 
-        return hook
+        return observing(hook)
 
     def leave(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -82,11 +82,17 @@ class Recorder:
             if self.running[-1] == name:
                 self.running.pop()
 
-        return hook
+        return observing(hook)
 
     def kept(self) -> Iterator[tuple[str, Tensor]]:
         """Name of the module and tensor, for every save that the output's graph still holds."""
         return ((name, tensor) for name, tensor, saved in self.saves if saved() is not None)
+
+
+def observing(hook: Callable[..., None]) -> Callable[..., None]:
+    """Mark a hook that changes nothing: a fused block may pass it over, and what is saved is then the block's."""
+    hook.observes_only = True  # pyright: ignore[reportFunctionMemberAccess]
+    return hook
 
 
 @contextmanager

@@ -210,8 +210,10 @@ class FusedForward:
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook would miss a call; those that only observe may."""
     own = module.__dict__
     # spelled out: it runs for several modules in every call
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
+    if not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]):
+        return False
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(not getattr(hook, "observes_only", False) for kind in kinds for hook in own[kind].values())

@@ -6,6 +6,7 @@ float64 are in ``tests/_kernels/test_activations.py``.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,7 @@ def tanh_float64(x):
     return math.tanh(x)
 
 
+@cache
 def activation_functions(name: str | None, real: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``forward(z)`` and ``backward(z, grad)`` in the given float type, with torch's default parameters and edges."""
     single = real is np.float32
@@ -229,6 +231,7 @@ BY_OUTPUT = ("sigmoid_by_output", "tanh_by_output")
 PIECEWISE = ("relu", "relu6", "leaky_relu")
 
 
+@cache
 def piecewise_functions(name: str | None, real: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``passes(output)``: does the gradient pass unchanged? ``blocked(grad)``: what becomes of it if not."""
     zero, six = real(0), real(6)

@@ -9,6 +9,7 @@ and with given statistics ``grad_input = weight * invstd * g``.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def keeps_gradient(activation: str | None, residual: bool) -> bool:
     return activation is not None and (residual or activation not in (*PIECEWISE, *BY_OUTPUT))
 
 
+@cache
 def finish_function(dtype: str, partial_columns: bool) -> Any:
     """``finish(a, u, partials)``: sums over the strip's chunks, and the gradients of weight and bias."""
     real = ELEMENTS[dtype][1]
@@ -119,6 +121,7 @@ def totals_of(a, first, n):
     return carray(pointer(start), (n,), np.float64), carray(pointer(start + 8 * a[CHANNELS]), (n,), np.float64)
 
 
+@cache
 def slopes_function(real: type) -> Any:
     """``slopes(a, first, n, of_g, of_x, constant)``: grad_input = g of_g + (x - mu) of_x + constant, of n channels."""
     size = np.dtype(real).itemsize
@@ -155,6 +158,7 @@ def slopes_function(real: type) -> Any:
     return slopes
 
 
+@cache
 def slopes_expander(real: type) -> Any:
     """``expand(a, left, n, scratch, new)``: arrays of of_g, of_x and constant, one number per column."""
     slopes = slopes_function(real)
@@ -184,6 +188,7 @@ def slopes_expander(real: type) -> Any:
     return expand
 
 
+@cache
 def gradient_function(dtype: str, activation: str | None, residual: bool, per_column: bool) -> Any:
     """``gradient(x, dy, z, i, mu, scale, shift)``: g of element i; z holds residuals, or outputs."""
     _, real, read, _ = ELEMENTS[dtype]
@@ -219,6 +224,7 @@ def gradient_function(dtype: str, activation: str | None, residual: bool, per_co
     return gradient
 
 
+@cache
 def keep_function(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
     """``keep(a, u, k, row, first, offset, n, mu, scale, shift)``: store g of a piece of a row, where it is kept."""
     element, _, _, write = ELEMENTS[dtype]
@@ -252,6 +258,7 @@ def source_of_gradient(activation: str | None, residual: bool) -> int:
     return GRAD_RESIDUAL if residual else GRAD_INPUT
 
 
+@cache
 def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
@@ -293,6 +300,7 @@ def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) 
     return reduce
 
 
+@cache
 def reduce_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
@@ -359,6 +367,7 @@ def reduce_columns(dtype: str, activation: str | None, residual: bool, mask: boo
     return reduce
 
 
+@cache
 def input_gradient_function(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
     """``apply_row(a, offset, n, mu, ..., constant, buffer)``: grad_input of a piece of a row."""
     element, _, read, write = ELEMENTS[dtype]
@@ -392,6 +401,7 @@ def input_gradient_function(dtype: str, activation: str | None, residual: bool, 
     return apply_row
 
 
+@cache
 def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
@@ -413,6 +423,7 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
     return apply
 
 
+@cache
 def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize

@@ -1,5 +1,6 @@
 """How elements are read and written: addresses, bits, and the storage type of bfloat16."""
 
+from functools import cache
 from typing import Any
 
 import numba
@@ -138,6 +139,7 @@ def stream(target, source, size):
         store_line(target + line, source + line)
 
 
+@cache
 def picker(per_column: bool) -> Any:
     """``at(value, i)``: the number for column i, or the one number for all columns."""
     if per_column:

@@ -1,6 +1,7 @@
 """Forward: sums of the batch, then ``act((x - mean) * invstd * weight + bias + residual)``, chunk by chunk."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def forward(form: str, dtype: str, activation: str | None, residual: bool, mask:
     return kernel(reduce, finish_function(dtype, columns), apply, columns)
 
 
+@cache
 def reduce_rows(dtype: str) -> Any:
     element, _, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
@@ -77,6 +79,7 @@ def reduce_rows(dtype: str) -> Any:
     return reduce
 
 
+@cache
 def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
@@ -95,6 +98,7 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
     return apply
 
 
+@cache
 def channel_function(real: type) -> Any:
     """``channel(a, c, scratch)``: mu, scale and shift of one channel, as numbers."""
     affine = affine_function(real)
@@ -110,6 +114,7 @@ def channel_function(real: type) -> Any:
     return channel
 
 
+@cache
 def row_writer(dtype: str, activation: str | None, residual: bool, mask: bool, per_column: bool) -> Any:
     """Write a piece of a row; mu, scale and shift are arrays with ``per_column``, numbers otherwise."""
     element, real, read, write = ELEMENTS[dtype]
@@ -150,6 +155,7 @@ def row_writer(dtype: str, activation: str | None, residual: bool, mask: bool, p
     return write_row
 
 
+@cache
 def reduce_columns(dtype: str) -> Any:
     element, _, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
@@ -202,6 +208,7 @@ def reduce_columns(dtype: str) -> Any:
     return reduce
 
 
+@cache
 def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
@@ -220,6 +227,7 @@ def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool
     return apply
 
 
+@cache
 def affine_expander(real: type) -> Any:
     """``expand(a, left, n, scratch, new)``: arrays of mu, scale and shift, one number per column."""
     affine = affine_function(real)

@@ -2,6 +2,7 @@
 word of its own."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ def mask_words(a, u, k, row, first):
     return carray(pointer(a[MASK] + 4 * word), (count,), np.uint32)
 
 
+@cache
 def packer(activation: str | None, dtype: str) -> Callable[..., Any]:
     """``pack(outputs, n, words)``: one bit per output."""
     element, real, read, _ = ELEMENTS[dtype]
@@ -73,6 +75,7 @@ def packer(activation: str | None, dtype: str) -> Callable[..., Any]:
     return pack
 
 
+@cache
 def masker(activation: str | None, dtype: str) -> Callable[..., Any]:
     """``mask(grad, n, words, out)``: the gradient where the bit is set, ``blocked(grad)`` elsewhere. By address."""
     element, real, read, write = ELEMENTS[dtype]

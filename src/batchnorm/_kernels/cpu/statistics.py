@@ -1,6 +1,7 @@
 """Per channel: from sums to statistics, and from statistics to the three numbers that normalize."""
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ def sums_of_columns(a, partials):
     return first, second
 
 
+@cache
 def shifts_function(dtype: str) -> Any:
     """``shifts(a, first, n, out)``: a value of each of n channels. Sums of what is left after it keep their digits.
 
@@ -109,6 +111,7 @@ def shifts_function(dtype: str) -> Any:
     return shifts
 
 
+@cache
 def affine_function(real: type) -> Any:
     """``affine(a, first, n, mu, scale, shift)`` of n channels, with z = (x - mu) * scale + shift.
 
@@ -147,6 +150,7 @@ def saved_of(a, first, n):
     return mean, carray(pointer(start + 8 * a[CHANNELS]), (n,), np.float64)
 
 
+@cache
 def finish_function(dtype: str, partial_columns: bool) -> Any:
     """``finish(a, u, partials)``: the statistics of the channels of strip u; the running statistics follow them."""
     real = ELEMENTS[dtype][1]
