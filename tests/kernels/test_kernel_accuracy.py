@@ -164,14 +164,17 @@ CASES = [
 ]
 
 
-def epilogues(dtype: torch.dtype) -> Sequence[str]:
-    return ("plain", "add_relu") if dtype == torch.bfloat16 else tuple(EPILOGUES)
+def epilogues(dtype: torch.dtype, form: str | None = None) -> Sequence[str]:
+    """Those with kernels of their own; few, since each takes seconds to compile."""
+    if dtype == torch.bfloat16:
+        return ("add_relu",)
+    return tuple(EPILOGUES) if form in ("columns", "dense", "channels_last") else ("plain", "relu", "add_relu")
 
 
 @pytest.mark.parametrize(("form", "dtype", "offset"), CASES)
 def test_every_result_is_right_in_every_form(form, dtype, offset):
     shape, arrange = FORMS[form]
-    for name in epilogues(dtype):
+    for name in epilogues(dtype, form):
         problem = Problem((torch.randn(shape) + offset).to(dtype), *EPILOGUES[name], arrange)
         check_no_worse_than_torch(problem)
         check_against_rounded(problem)
@@ -194,14 +197,14 @@ searched = settings(max_examples=60, deadline=None, suppress_health_check=[Healt
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
     offset=st.sampled_from([0.0, -3.0, 100.0]),
     scale=st.sampled_from([1e-4, 1.0, 1e4]),
-    epilogue=st.sampled_from(sorted(EPILOGUES)),
+    epilogue=st.sampled_from(["plain", "relu", "add_relu"]),
     arrange=arrangements,
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_stride_is_no_worse_than_torch(shape, dtype, offset, scale, epilogue, arrange, seed):
     torch.manual_seed(seed)
     x = ((torch.randn(shape) + offset) * scale).to(dtype)
-    epilogue = epilogue if epilogue in epilogues(dtype) else "plain"
+    epilogue = epilogue if epilogue in epilogues(dtype) else "add_relu"
     check_no_worse_than_torch(Problem(x, *EPILOGUES[epilogue], arrange))
 
 
@@ -261,7 +264,8 @@ def test_inf_and_nan_stand_where_torch_has_them(form, place, bad):
     at = {"first": 0, "middle": 1, "last": -1}[place]
     channel = min(2, shape[1] - 1)
     x[(at, channel, *[at] * (len(shape) - 2))] = bad
-    for activation, with_residual in EPILOGUES.values():
+    for epilogue in epilogues(x.dtype, form):
+        activation, with_residual = EPILOGUES[epilogue]
         problem = Problem(x, activation, with_residual, arrange)
         problem.grad_output.abs_().add_(0.1)
         results = problem.results("kernel")
@@ -329,7 +333,7 @@ def bits(problem: Problem) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("form", THREADED)
-@pytest.mark.parametrize("epilogue", ["plain", "add_relu", "add_silu"])
+@pytest.mark.parametrize("epilogue", ["plain", "add_relu"])
 def test_results_are_the_same_bits_for_any_number_of_threads(epilogue, form, any_number_of_threads):
     arrange = channels_last if "channels_last" in form else contiguous
     problem = Problem(torch.randn(THREADED[form]) + 3, *EPILOGUES[epilogue], arrange)
