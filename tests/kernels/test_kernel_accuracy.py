@@ -210,7 +210,8 @@ def test_any_shape_and_stride_is_no_worse_than_torch(shape, dtype, offset, scale
 
 @searched
 @given(
-    shape=usable_shapes,
+    # two values are normalized to -1 and 1 whatever they are: nothing of the gradient remains but its rounding
+    shape=usable_shapes.filter(lambda shape: torch.Size(shape).numel() > 2 * shape[1]),
     value=st.sampled_from([-1e6, 1e3, 1e8]),
     where=st.sampled_from(["first", "last"]),
     arrange=arrangements,
