@@ -38,6 +38,11 @@ def cost_sentence() -> str:
     )
 
 
+def in_turn_sentence() -> str:
+    times = record(MNIST, "timing.json")["arms"]["bn"]["step_in_turn_microseconds"]
+    return f"{times['torch']:,.0f} us a step of the stack with torch's,\n{times['fused']:,.0f} us with ours"
+
+
 def accuracy_sentence() -> str:
     rows = [json.loads(line) for line in (MNIST / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["step"] == Options.steps]
@@ -98,6 +103,10 @@ def test_docs_name_the_points_where_three_seeds_do_not_reproduce_a_claim():
 
 def test_docs_state_the_record_of_eight_seeds():
     assert eight_seeds_sentence() in (ROOT / "docs/mnist.md").read_text(), eight_seeds_sentence()
+
+
+def test_docs_state_what_the_layers_cost_by_turns():
+    assert in_turn_sentence() in (ROOT / "docs/mnist.md").read_text(), in_turn_sentence()
 
 
 def test_readme_states_the_recorded_claims():

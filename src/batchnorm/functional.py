@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import reference
-from batchnorm._ops import kernel
+from batchnorm._ops import kernel, kernel_autograd
 from batchnorm._ops.batch_norm import seen_through, train
 from batchnorm._ops.checks import (
     check_input,
@@ -147,13 +147,13 @@ def train_and_track(
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if choice.implementation == "kernel" and (choice is KERNEL or (input.numel() and not seen_through())):
         try:
-            return train_by_kernel(
+            return kernel_autograd.train(
                 input, weight, bias, residual, eps, activation, running_mean, running_var, momentum, num_batches_tracked
             )
-        except ImplementationError:
+        except ImplementationError as error:
             if choice is not KERNEL:
                 raise
-            choice = choose("auto", input, training=True)
+            choice = Choice("aten", str(error))
     suits = input.dtype not in HALF or suits_torch(weight, bias, running_mean, running_var)
     if choice.implementation == "aten" and suits and not isinstance(momentum, Tensor) and not seen_through():
         # torch updates in the same call. It also checks, but a wrong bias only after the update
@@ -169,36 +169,6 @@ def train_and_track(
         output = statistics.output
     if num_batches_tracked is not None and input.numel():
         num_batches_tracked.add_(1)
-    return output
-
-
-def train_by_kernel(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | Tensor,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    """The eager kernel: normalizes and moves running statistics and counter in one call."""
-    check_training(input, eps)
-    check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    if running_mean is None or running_var is None or (not isinstance(momentum, Tensor) and momentum == 0):
-        statistics = kernel.Statistics(kernel.BATCH, counter=num_batches_tracked)
-        return kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
-    check_not_differentiated(running_mean, running_var)
-    mean, var = kernel.running(running_mean, input), kernel.running(running_var, input)
-    statistics = kernel.Statistics(kernel.BATCH, mean, var, float(momentum), num_batches_tracked)
-    output = kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
-    if mean is not running_mean:
-        running_mean.copy_(mean)
-    if var is not running_var:
-        running_var.copy_(var)
-    torch.autograd.graph.increment_version((running_mean, running_var))
     return output
 
 
@@ -250,16 +220,16 @@ def normalize_batch(
         return TrainOutput(input.clone(), input.new_zeros(0), input.new_zeros(0), 0)
     check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     choice = choose(implementation, input, training=True)
-    if choice.implementation == "kernel" and count and not seen_through():
+    if choice.implementation == "kernel" and input.numel() and not seen_through():
         mean = torch.empty(input.shape[1], dtype=statistics_dtype(input))
         var = torch.empty_like(mean)
         try:
             statistics = kernel.Statistics(kernel.BATCH, mean=mean, var=var)
-            output = kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
-        except ImplementationError:
+            output = kernel_autograd.batch_norm(input, weight, bias, residual, eps, activation, statistics)
+        except ImplementationError as error:
             if choice is not KERNEL:
                 raise
-            choice = choose("auto", input, training=True)
+            choice = Choice("aten", str(error))
         else:
             return TrainOutput(output, mean, var, count)
     if choice.implementation != "reference":
@@ -305,11 +275,11 @@ def batch_norm_inference(
         mean, var = kernel.running(mean, input), kernel.running(var, input)
         try:
             statistics = kernel.Statistics(kernel.RUNNING, mean, var)
-            return kernel.batch_norm(input, weight, bias, residual, eps, activation, statistics)
-        except ImplementationError:
+            return kernel_autograd.batch_norm(input, weight, bias, residual, eps, activation, statistics)
+        except ImplementationError as error:
             if choice is not KERNEL:
                 raise
-            choice = choose("auto", input, training=False)
+            choice = Choice("aten", str(error))
     if choice.implementation == "reference":
         check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
         return reference.batch_norm_inference(

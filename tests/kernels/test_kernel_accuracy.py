@@ -277,8 +277,7 @@ def test_inf_and_nan_stand_where_torch_has_them(form, place, bad):
         assert results[0].index_select(1, torch.tensor([0, 1])).isfinite().all()
 
 
-WITHOUT_CHANNELS = pytest.mark.xfail(reason="positions are counted by a division by samples * channels")
-EMPTY = [(0, 3), (0, 3, 2, 2), (2, 3, 0), *(pytest.param(s, marks=WITHOUT_CHANNELS) for s in [(4, 0), (2, 0, 5, 5)])]
+EMPTY = [(0, 3), (0, 3, 2, 2), (2, 3, 0), (4, 0), (2, 0, 5, 5)]
 
 
 @pytest.mark.parametrize("shape", EMPTY, ids=str)

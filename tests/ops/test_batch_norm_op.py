@@ -72,9 +72,9 @@ def test_registration_is_right_without_weight_or_bias(affine, with_residual, imp
 @WITH_OR_WITHOUT_RESIDUAL
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_registration_is_right_with_every_activation(activation, with_residual, implementation):
-    values = arguments(
-        tensor_in("dense"), activation=activation, with_residual=with_residual, implementation=implementation
-    )
+    # in float64, as the tests of derivatives: so they share their kernels
+    x = tensor_in("dense", torch.float64)
+    values = arguments(x, activation=activation, with_residual=with_residual, implementation=implementation)
     opcheck(train_op, requiring_grad(values))
 
 

@@ -48,15 +48,16 @@ def obstacle(input: Tensor) -> Choice | None:
         return Choice("aten", f"the kernels run on the cpu, and the input is on {input.device}")
     if input.dtype not in kernel.DTYPES:
         return Choice("aten", f"the kernels take float32, float64 and bfloat16, and the input is {input.dtype}")
-    if type(input) not in PLAIN_TYPES or torch._C._len_torch_dispatch_stack() or input.layout is not torch.strided:
+    if (
+        type(input) not in kernel.PLAIN_TYPES
+        or torch._C._len_torch_dispatch_stack()
+        or input.layout is not torch.strided
+    ):
         return NOT_PLAIN
     if input.numel() == 0:
         return EMPTY
     failure = kernel.load()
     return None if failure is None else Choice("aten", failure)
-
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def check_implementation(implementation: str) -> str:

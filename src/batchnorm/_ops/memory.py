@@ -17,6 +17,8 @@ from torch import Tensor
 LARGE_BYTES = 8 << 20
 # Marking a region of 10 MB as free costs its next user 0.2 ms.
 KEPT_BYTES = 512 << 20
+# What would wait beyond this goes back to the system at once.
+MOST_BYTES = 8 << 30
 HUGE_PAGE = 2 << 20
 
 # linux only; elsewhere torch.empty serves
@@ -39,7 +41,7 @@ def empty_like(x: Tensor) -> Tensor:
     weakref.finalize(lease, give_back, region).atexit = False
     storage = torch.frombuffer(lease, dtype=x.dtype, count=x.numel()).untyped_storage()
     output = torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # pyright: ignore[reportAttributeAccessIssue]
         output.fill_(torch.nan)
     return output
 
@@ -57,6 +59,9 @@ def take(size: int) -> mmap.mmap:
 
 def give_back(region: mmap.mmap) -> None:
     """Called when the last tensor on the region is gone, at any time and in any thread."""
-    if sum(size * len(regions) for size, regions in list(waiting.items())) > KEPT_BYTES:
+    total = sum(size * len(regions) for size, regions in list(waiting.items()))
+    if total > MOST_BYTES:
+        return
+    if total > KEPT_BYTES:
         region.madvise(mmap.MADV_FREE)
     waiting.setdefault(len(region), []).append(region)

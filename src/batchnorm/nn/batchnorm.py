@@ -166,6 +166,7 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     - ``momentum=None`` compiles without a graph break;
     - ``momentum=0.0`` keeps the running statistics even if the batch holds inf or NaN;
     - running statistics in half precision are updated in float32 before they are rounded;
+    - outputs of 8 MiB and more lie in memory that is used again, and cannot be resized in place;
     - ``torch.jit.script`` is not supported (``torch.jit.trace``, ``torch.export`` and ``torch.compile`` are);
     - ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``torch.nn.utils.fusion`` know nothing of ``activation`` and
       ``residual``, and ``torch.ao.quantization.fuse_modules`` only of torch's own classes.

@@ -17,7 +17,7 @@ Addresses are 0 where a tensor is absent.
     SEGMENTS,  # pieces of a row, where a row alone is longer than a piece should be
     SEGMENT,  # columns of a segment
     TILES,  # rows of one channel per column that were joined to one longer row
-    ELEMENTS,
+    TOTAL,  # elements of the tensor
     STREAM,  # large: what is written is not read again before it left the caches
     SCRATCH_BYTES,  # private memory of a thread
     # the thread pool: addresses of its functions, 0 for a serial run

@@ -19,6 +19,7 @@ from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 
 FOLDER_VARIABLE = "BATCHNORM_CACHE_DIR"
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CompiledKernel:
@@ -33,7 +34,11 @@ class CompiledKernel:
         if self.file is None:
             return None
         try:
-            return CompileResult._rebuild(target, *pickle.loads(self.file.read_bytes()))
+            data = self.file.read_bytes()
+            digest, payload = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+            if hashlib.sha256(payload).digest() != digest:
+                return None
+            return CompileResult._rebuild(target, *pickle.loads(payload))
         except Exception:
             return None
 
@@ -43,7 +48,8 @@ class CompiledKernel:
         try:
             descriptor, name = tempfile.mkstemp(dir=self.file.parent)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(serialize.dumps(result._reduce()))
+                payload = serialize.dumps(result._reduce())
+                file.write(hashlib.sha256(payload).digest() + payload)
             os.replace(name, self.file)
         except Exception:
             self.file = None
@@ -54,7 +60,9 @@ def private_folder() -> Path | None:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(os.environ.get(FOLDER_VARIABLE) or os.path.join(home, "batchnorm")) / fingerprint()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # each by itself: the mode holds for the last folder only
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         return folder if is_private(folder) and is_private(folder.parent) else None
     except OSError:
         return None

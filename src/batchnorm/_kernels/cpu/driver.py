@@ -14,7 +14,6 @@ from batchnorm._kernels.cpu.arguments import (
     CHUNK_ROWS,
     CHUNKS,
     COLUMNS,
-    ELEMENTS,
     NUM_THREADS,
     PARTIALS,
     REDUCE,
@@ -27,6 +26,7 @@ from batchnorm._kernels.cpu.arguments import (
     SLOTS,
     STREAM,
     THREAD_NUM,
+    TOTAL,
     UNITS,
     WIDTH,
 )
@@ -71,7 +71,7 @@ def piece(a, u, k):
 @inner
 def row_columns(a, row, left, n):
     """How many of n columns from ``left`` on a row has: the last of joined rows may be shorter."""
-    return min(n, a[ELEMENTS] - row * a[ROW_STRIDE] - left)
+    return min(n, a[TOTAL] - row * a[ROW_STRIDE] - left)
 
 
 @inner

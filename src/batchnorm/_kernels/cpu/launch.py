@@ -14,7 +14,7 @@ from batchnorm._kernels.cpu.backward import backward, frozen
 from batchnorm._kernels.cpu.cache import CompiledKernel
 from batchnorm._kernels.cpu.forward import forward
 from batchnorm._kernels.cpu.geometry import Geometry, cut
-from batchnorm._kernels.cpu.team import POOL, SERIAL, scratch, team_size
+from batchnorm._kernels.cpu.team import POOL, SERIAL, Forked, scratch, team_size
 
 # Below this many elements, waking threads costs more than they save.
 SERIAL_ELEMENTS = 24576
@@ -35,6 +35,12 @@ class Kernel(NamedTuple):
     call: Callable[[bytes], None]
 
 
+class ForkedError(RuntimeError):
+    """A kernel was not compiled before the fork; compilers and locks of the parent are not safe to use in the child."""
+
+    only_here = True
+
+
 KERNELS: dict[tuple[Any, ...], Kernel] = {}
 COMPILING = threading.Lock()
 
@@ -45,6 +51,8 @@ def kernel(direction: str, form: str, dtype: str, activation: str | None, residu
     found = KERNELS.get(key)
     if found is not None:
         return found
+    if Forked.value:
+        raise ForkedError(f"in a forked process, and {'_'.join(map(str, key))} was not compiled before the fork")
     with COMPILING:
         if key not in KERNELS:
             KERNELS[key] = compiled(FACTORIES[direction](*key[1:]), "_".join(map(str, key)))
