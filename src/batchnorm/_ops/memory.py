@@ -3,8 +3,8 @@
 The C library returns every large tensor to the system when it is freed, and the next one begins as pages that must be
 found and cleared at their first touch: for 77 MB that takes 20 to 50 ms, where writing them takes 2. So large outputs
 of the kernels lie in memory of our own, in huge pages, which later outputs of the same size use again. Of what waits
-for them, all beyond ``KEPT_BYTES`` is marked as free: a system that runs short of memory takes it without asking
-(``MADV_FREE``).
+for them, the newest ``KEPT_BYTES`` stay as they are; older regions are marked as free, so that a system that runs short
+of memory takes them without asking (``MADV_FREE``), and the oldest go back to it.
 """
 
 import ctypes
@@ -24,7 +24,19 @@ HUGE_PAGE = 2 << 20
 # linux only; elsewhere torch.empty serves
 AVAILABLE = hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MAP_ANONYMOUS")
 
-waiting: dict[int, list[mmap.mmap]] = {}
+
+class Region:
+    """A piece of memory, and whether the system may take what is in it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.is_free = False
+
+
+# newest last
+waiting: list[Region] = []
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -36,8 +48,8 @@ def empty_like(x: Tensor) -> Tensor:
         region = take(-(-size // HUGE_PAGE) * HUGE_PAGE)
     except OSError:
         return torch.empty_like(x)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    lease = (ctypes.c_char * size).from_buffer(region, -start % HUGE_PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region.memory))
+    lease = (ctypes.c_char * size).from_buffer(region.memory, -start % HUGE_PAGE)
     weakref.finalize(lease, give_back, region).atexit = False
     storage = torch.frombuffer(lease, dtype=x.dtype, count=x.numel()).untyped_storage()
     output = torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
@@ -46,22 +58,35 @@ def empty_like(x: Tensor) -> Tensor:
     return output
 
 
-def take(size: int) -> mmap.mmap:
+def take(size: int) -> Region:
     """A region that holds ``size`` bytes from its first huge page on."""
     size += HUGE_PAGE
+    for region in reversed(list(waiting)):
+        if region.size == size and withdrawn(region):
+            region.is_free = False
+            return region
+    return Region(size)
+
+
+def withdrawn(region: Region) -> bool:
+    """Take a waiting region out of the list, unless another thread was faster."""
     try:
-        return waiting[size].pop()
-    except (KeyError, IndexError):
-        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        region.madvise(mmap.MADV_HUGEPAGE)
-        return region
+        waiting.remove(region)
+    except ValueError:
+        return False
+    return True
 
 
-def give_back(region: mmap.mmap) -> None:
+def give_back(region: Region) -> None:
     """Called when the last tensor on the region is gone, at any time and in any thread."""
-    total = sum(size * len(regions) for size, regions in list(waiting.items()))
-    if total > MOST_BYTES:
-        return
-    if total > KEPT_BYTES:
-        region.madvise(mmap.MADV_FREE)
-    waiting.setdefault(len(region), []).append(region)
+    waiting.append(region)
+    total = 0
+    for older in reversed(list(waiting)):
+        total += older.size
+        if total > MOST_BYTES:
+            withdrawn(older)
+        elif total > KEPT_BYTES and not older.is_free and withdrawn(older):
+            # nobody else can use it now
+            older.memory.madvise(mmap.MADV_FREE)
+            older.is_free = True
+            waiting.insert(0, older)

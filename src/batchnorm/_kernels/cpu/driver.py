@@ -92,6 +92,13 @@ def kernel(
         partial_columns: one partial sum per column instead of one per strip.
     """
 
+    @inner
+    def strip_and_chunk(task, units, chunks):
+        # strips of columns lie side by side in memory, chunk by chunk; strips that are channels one after the other
+        if partial_columns:
+            return task % units, task // units
+        return task // chunks, task % chunks
+
     def run(record):
         a = carray(record, (SLOTS,), np.int64)
         thread, threads = np.int64(0), np.int64(1)
@@ -118,8 +125,8 @@ def kernel(
         if a[REDUCE] != 0:
             before = np.int64(-1)
             for task in range(first_task, last_task):
-                u = task // chunks
-                reduce(a, u, task - u * chunks, a[PARTIALS] + u * sums_bytes, scratch, u != before)
+                u, k = strip_and_chunk(task, units, chunks)
+                reduce(a, u, k, a[PARTIALS] + u * sums_bytes, scratch, u != before)
                 before = u
             if a[BARRIER] != 0:
                 call_void(a[BARRIER])
@@ -131,8 +138,8 @@ def kernel(
             before = np.int64(-1)
             # backwards: what was read last is still in the cache
             for task in range(last_task - 1, first_task - 1, -1):
-                u = task // chunks
-                apply(a, u, task - u * chunks, scratch, u != before)
+                u, k = strip_and_chunk(task, units, chunks)
+                apply(a, u, k, scratch, u != before)
                 before = u
 
     return run

@@ -16,6 +16,8 @@ from typing import NamedTuple
 ROWS_FORM_POSITIONS = 96
 # Columns of a strip: what a thread keeps per column stays in the first-level cache.
 STRIP_COLUMNS = 512
+# Columns of a cache line, in float32.
+LINE_COLUMNS = 16
 # Columns of a row that a thread works on in one go.
 BLOCK = 1024
 CHUNK_ELEMENTS = 131072
@@ -81,7 +83,11 @@ def cut(samples: int, channels: int, positions: int, channels_last: bool) -> Geo
     columns = channels * positions
     tiles = max(1, min(STRIP_COLUMNS // columns, samples // LEAST_ROWS)) if positions == 1 else 1
     samples, columns = -(-samples // tiles), columns * tiles
-    width = min(columns, max(1, STRIP_COLUMNS // positions) * positions)
+    # strips of about the same width, so that threads get the same work
+    strips = -(-columns // (max(1, STRIP_COLUMNS // positions) * positions))
+    width = -(-columns // (positions * strips)) * positions
+    if positions == 1 and strips > 1:
+        width = -(-width // LINE_COLUMNS) * LINE_COLUMNS
     chunk_elements = max(LEAST_CHUNK_ELEMENTS, min(CHUNK_ELEMENTS, elements // CHUNKS))
     chunk_rows = min(samples, max(1, chunk_elements // width))
     chunks = -(-samples // chunk_rows)

@@ -18,6 +18,8 @@ from batchnorm._kernels.cpu.team import POOL, SERIAL, Forked, scratch, team_size
 
 # Below this many elements, waking threads costs more than they save.
 SERIAL_ELEMENTS = 24576
+# Elements of a strip of columns that the second-level cache holds.
+CACHED_ELEMENTS = 1 << 18
 # Strips are shared between threads where there are too few of them to give every thread the same work.
 STRIPS_PER_THREAD = 4
 
@@ -75,6 +77,7 @@ class Plan(NamedTuple):
     header: bytes
     values_per_channel: int
     parallel: bool
+    streams: bool  # strips of columns that are longer than a cache: rather all of them side by side
 
 
 @lru_cache(maxsize=4096)
@@ -82,7 +85,8 @@ def plan(samples: int, channels: int, positions: int, channels_last: bool) -> Pl
     """The plan for a tensor of ``samples`` x ``channels`` x ``positions``, none of them 0."""
     geometry = cut(samples, channels, positions, channels_last)
     count = samples * positions
-    return Plan(geometry, Struct("15q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS)
+    streams = geometry.form == "columns" and geometry.rows * geometry.width > CACHED_ELEMENTS
+    return Plan(geometry, Struct("15q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS, streams)
 
 
 RUN = Struct("4q").pack
@@ -95,14 +99,12 @@ def run(kernel: Kernel, plan: Plan, fields: bytes, sums: int = 0) -> None:
     """
     geometry = plan.geometry
     threads = team_size() if plan.parallel else 1
-    if threads == 1 or POOL is None:
-        memory = scratch.at_least(geometry.scratch_bytes + 16 * geometry.channels)
-        record = b"".join((plan.header, SERIAL, RUN(0, memory, 0, sums or memory + geometry.scratch_bytes), fields))
-        kernel.call(record)
-        return
+    shares = plan.streams or (geometry.units < STRIPS_PER_THREAD * threads and geometry.units % threads != 0)
     private = threads * geometry.scratch_bytes
-    blocked = geometry.units < STRIPS_PER_THREAD * threads and geometry.units % threads != 0
-    shared = geometry.partial_bytes if blocked else 0
+    shared = geometry.partial_bytes if shares else 0
     memory = scratch.at_least(private + shared + 16 * geometry.channels)
-    numbers = RUN(blocked, memory, memory + private, sums or memory + private + shared)
-    POOL.start(kernel.address, b"".join((plan.header, POOL.addresses, numbers, fields)), threads, 0)
+    numbers = RUN(shares, memory, memory + private, sums or memory + private + shared)
+    if threads == 1 or POOL is None:
+        kernel.call(b"".join((plan.header, SERIAL, numbers, fields)))
+    else:
+        POOL.start(kernel.address, b"".join((plan.header, POOL.addresses, numbers, fields)), threads, 0)
