@@ -5,12 +5,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from batchnorm.benchmarks.records import read_records
+from batchnorm.benchmarks.tables import readme_table
 from batchnorm.experiments.claims import Claim
 from batchnorm.experiments.mnist import INIT_STDS, LEARNING_RATES, Options
 from batchnorm.experiments.mnist_claims import ARMS, accuracy_claim, steps_claim
 from batchnorm.report import write_report
 
 ROOT = Path(__file__).parents[1]
+BENCHMARK = ROOT / "benchmarks/results/2026-11-24-amd-epyc-2cpu.jsonl"
 MNIST = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu"
 EIGHT_SEEDS = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-lr1-8seeds"
 SWEEP = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-sweep"
@@ -35,6 +38,15 @@ def cost_sentence() -> str:
     return (
         f"Training took {timing['training_seconds']:.0f} s on two cores. "
         f"A step of one network costs {costs[0]:.0f} us\nwithout BN and {costs[1]:.0f} us with."
+    )
+
+
+def speed_section() -> str:
+    records = read_records(BENCHMARK)
+    return (
+        "How many times as fast as torch, torch.compile and JAX: geometric mean over the cases of a group, and the\n"
+        "slowest case in brackets. AMD EPYC, two cores; every case, and what the targets were, is in\n"
+        "[`benchmarks/README.md`](benchmarks/README.md).\n\n" + readme_table(records).strip()
     )
 
 
@@ -103,6 +115,10 @@ def test_docs_name_the_points_where_three_seeds_do_not_reproduce_a_claim():
 
 def test_docs_state_the_record_of_eight_seeds():
     assert eight_seeds_sentence() in (ROOT / "docs/mnist.md").read_text(), eight_seeds_sentence()
+
+
+def test_readme_states_the_recorded_speed():
+    assert speed_section() in (ROOT / "README.md").read_text(), speed_section()
 
 
 def test_docs_state_what_the_layers_cost_by_turns():

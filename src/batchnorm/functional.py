@@ -280,7 +280,8 @@ def batch_norm_inference(
             if choice is not KERNEL:
                 raise
             choice = Choice("aten", str(error))
-    if choice.implementation == "reference":
+    if choice.implementation == "reference" or (choice.implementation == "kernel" and not seen_through()):
+        # an input without channels fails in torch's own kernel
         check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
         return reference.batch_norm_inference(
             input, mean, var, weight, bias, residual=residual, activation=activation, eps=eps

@@ -61,13 +61,14 @@ class KernelBatchNorm(torch.autograd.Function):
         input, weight, bias, residual, saved, mask, output = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         _, activation, given, has_residual, strides = ctx.call
+        # is_grads_batched and vmap give gradients that have no memory of their own
+        by_address = readable(grad_output) and torch._C._has_storage(grad_output)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or not by_address:
+            return *gradients_again(ctx, grad_output), None, None, None
         if grad_output.stride() != strides:
             grad_output = torch.empty_strided(
                 grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device
             ).copy_(grad_output)
-        # "vmap" of the backward pass gives gradients that have no memory of their own
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or not readable(grad_output):
-            return *gradients_again(ctx, grad_output), None, None, None
         grad_weight = grad_bias = None
         try:
             if input is None:
@@ -92,10 +93,11 @@ class KernelBatchNorm(torch.autograd.Function):
 def gradients_again(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight, bias and residual, to be differentiated again."""
     input, weight, bias, residual, saved, mask, _ = ctx.saved_tensors
-    eps, activation, given, has_residual, _ = ctx.call
+    eps, activation, given, has_residual, strides = ctx.call
     if mask is not None:
         slope = LEAKY_RELU_SLOPE if activation == "leaky_relu" else 0.0
-        grad_output = torch.where(unpacked(mask, grad_output), grad_output, grad_output * slope)
+        passes = unpacked(mask, grad_output.shape, strides)
+        grad_output = torch.where(passes, grad_output, grad_output * slope)
         activation = None
     mean, invstd = saved.view(2, -1)
     if input is None:
@@ -109,14 +111,14 @@ def gradients_again(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, grad_sum if has_residual else None
 
 
-def unpacked(mask: Tensor, like: Tensor) -> Tensor:
-    """The bits of a mask as a boolean tensor of the shape and strides of ``like``."""
-    geometry = plan_for(like).geometry
+def unpacked(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """The bits of the mask of a tensor of this shape and strides, as a boolean tensor of both."""
+    geometry = plan_for(torch.empty_strided(shape, strides, device="meta")).geometry
     bits = (mask.view(-1, 1) >> torch.arange(32, dtype=torch.int32)) & 1
     pieces = bits.view(geometry.rows, geometry.units, geometry.segments, -1)[..., : geometry.segment]
     strips = pieces.reshape(geometry.rows, geometry.units, -1)[..., : geometry.width]
     dense = strips.reshape(geometry.rows, -1)[:, : geometry.columns].contiguous()
-    return dense.view(-1).bool().as_strided(like.shape, like.stride())
+    return dense.view(-1)[: geometry.elements].bool().as_strided(shape, strides)
 
 
 def batch_norm(
