@@ -68,12 +68,15 @@ def compiled(direction: str, form: str, dtype: str, activation: str | None, resi
 
 
 def plan_for(input: Tensor) -> Any:
-    if Kernels.launch is None and load() is not None:
+    if Kernels.launch is None:
+        load()
+    launch: Any = Kernels.launch
+    if launch is None:
         raise ImplementationError(Kernels.failure)
     shape = input.shape
     samples, channels = shape[0], shape[1]
     positions = input.numel() // (samples * channels)
-    return Kernels.launch.plan(samples, channels, positions, positions > 1 and not input.is_contiguous())
+    return launch.plan(samples, channels, positions, positions > 1 and not input.is_contiguous())
 
 
 def readable(*tensors: Tensor | None) -> bool:

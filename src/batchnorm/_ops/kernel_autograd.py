@@ -132,8 +132,8 @@ def batch_norm(
 ) -> Tensor:
     """Normalize, by the batch or by the running statistics, through the kernels. The arguments have been checked."""
     if not readable(input, weight, bias, residual, statistics.running_mean, statistics.running_var):
-        input, weight, bias, residual = (resolved(tensor) for tensor in (input, weight, bias, residual))
-        if input is None or not readable(statistics.running_mean, statistics.running_var):
+        input, weight, bias, residual = resolved(input), resolved(weight), resolved(bias), resolved(residual)  # pyright: ignore[reportAssignmentType]
+        if not readable(statistics.running_mean, statistics.running_var):
             raise ImplementationError("running statistics that are a tensor subclass or a negated view")
     if not input.is_contiguous():
         input = input.contiguous(memory_format=dense_format(input) or torch.contiguous_format)

@@ -19,7 +19,7 @@ THREADS = "NPROC"
 def load_jax() -> Any:
     """JAX on the CPU, with float64 and as many threads as torch has when this is called first."""
     os.environ.setdefault(THREADS, str(torch.get_num_threads()))
-    import jax
+    import jax  # pyright: ignore[reportMissingImports]
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
