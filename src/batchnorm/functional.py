@@ -18,7 +18,7 @@ from batchnorm._ops.checks import (
     of_one_dtype,
     suits_torch,
 )
-from batchnorm._ops.choice import KERNEL, Choice, choose
+from batchnorm._ops.choice import KERNEL, Choice, choose, instead
 from batchnorm._ops.dtypes import HALF, statistics_dtype
 from batchnorm.errors import ImplementationError
 from batchnorm.reference import TrainOutput, activate, values_per_channel
@@ -151,9 +151,7 @@ def train_and_track(
                 input, weight, bias, residual, eps, activation, running_mean, running_var, momentum, num_batches_tracked
             )
         except ImplementationError as error:
-            if choice is not KERNEL:
-                raise
-            choice = Choice("aten", str(error))
+            choice = instead(choice, error)
     suits = input.dtype not in HALF or suits_torch(weight, bias, running_mean, running_var)
     if choice.implementation == "aten" and suits and not isinstance(momentum, Tensor) and not seen_through():
         # torch updates in the same call. It also checks, but a wrong bias only after the update
@@ -227,9 +225,7 @@ def normalize_batch(
             statistics = kernel.Statistics(kernel.BATCH, mean=mean, var=var)
             output = kernel_autograd.batch_norm(input, weight, bias, residual, eps, activation, statistics)
         except ImplementationError as error:
-            if choice is not KERNEL:
-                raise
-            choice = Choice("aten", str(error))
+            choice = instead(choice, error)
         else:
             return TrainOutput(output, mean, var, count)
     if choice.implementation != "reference":
@@ -277,9 +273,7 @@ def batch_norm_inference(
             statistics = kernel.Statistics(kernel.RUNNING, mean, var)
             return kernel_autograd.batch_norm(input, weight, bias, residual, eps, activation, statistics)
         except ImplementationError as error:
-            if choice is not KERNEL:
-                raise
-            choice = Choice("aten", str(error))
+            choice = instead(choice, error)
     # an input of two or more dimensions but without channels fails in torch's own kernel
     empty = choice.implementation == "kernel" and input.dim() > 1 and not seen_through()
     if choice.implementation == "reference" or empty:

@@ -60,6 +60,13 @@ def obstacle(input: Tensor) -> Choice | None:
     return None if failure is None else Choice("aten", failure)
 
 
+def instead(choice: Choice, error: ImplementationError) -> Choice:
+    """What serves after the kernels refused a call; one that asked for them by name gets the error."""
+    if choice is not KERNEL:
+        raise error
+    return Choice("aten", str(error))
+
+
 def check_implementation(implementation: str) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")

@@ -1,6 +1,6 @@
-"""The one argument of a kernel: a record of 8-byte integers and floats, packed by ``launch.py``.
+"""The one argument of a kernel: a record of 8-byte integers and floats.
 
-Addresses are 0 where a tensor is absent.
+``launch.py`` packs it up to SUMS, its callers the rest. Addresses are 0 where a tensor is absent.
 """
 
 (

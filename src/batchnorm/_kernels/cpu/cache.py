@@ -9,6 +9,7 @@ import pickle
 import platform
 import stat
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,14 @@ def is_private(folder: Path) -> bool:
     return status.st_uid == os.getuid() and not others_write and os.access(folder, os.W_OK)
 
 
-FINGERPRINT: list[str] = []
-
-
+@cache
 def fingerprint() -> str:
     """Of everything that a compiled kernel depends on."""
-    if not FINGERPRINT:
-        digest = hashlib.sha256()
-        for file in sorted(Path(__file__).parent.glob("*.py")):
-            digest.update(file.read_bytes())
-        context: Any = cpu_target.target_context
-        codegen = context.codegen()
-        parts = (numba.__version__, llvmlite.__version__, platform.python_version(), *codegen.magic_tuple())
-        digest.update(repr(parts).encode())
-        FINGERPRINT.append(digest.hexdigest()[:16])
-    return FINGERPRINT[0]
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    context: Any = cpu_target.target_context
+    codegen = context.codegen()
+    parts = (numba.__version__, llvmlite.__version__, platform.python_version(), *codegen.magic_tuple())
+    digest.update(repr(parts).encode())
+    return digest.hexdigest()[:16]

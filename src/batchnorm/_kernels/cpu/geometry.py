@@ -29,12 +29,12 @@ SEGMENT_ELEMENTS = 16384
 LEAST_ROWS = 64
 # private memory per column: sums, shifts, coefficients and results on their way, 8 bytes each
 PER_COLUMN_BYTES = 10 * 8
-# Results of more bytes than a cache holds are written past it.
+# Results of more elements, 25 MB in float32, are written past the caches.
 STREAM_ELEMENTS = 6 << 20
 
 
 class Geometry(NamedTuple):
-    """The cut of one shape; the names are those of ``arguments.py``."""
+    """The cut of one shape; the names and their order are those of ``arguments.py``, where ``elements`` is TOTAL."""
 
     form: str
     units: int

@@ -77,7 +77,7 @@ class Plan(NamedTuple):
     header: bytes
     values_per_channel: int
     parallel: bool
-    streams: bool  # strips of columns that are longer than a cache: rather all of them side by side
+    side_by_side: bool  # strips of columns that are longer than a cache: rather all of them side by side
 
 
 @lru_cache(maxsize=4096)
@@ -85,8 +85,8 @@ def plan(samples: int, channels: int, positions: int, channels_last: bool) -> Pl
     """The plan for a tensor of ``samples`` x ``channels`` x ``positions``, none of them 0."""
     geometry = cut(samples, channels, positions, channels_last)
     count = samples * positions
-    streams = geometry.form == "columns" and geometry.rows * geometry.width > CACHED_ELEMENTS
-    return Plan(geometry, Struct("15q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS, streams)
+    side_by_side = geometry.form == "columns" and geometry.rows * geometry.width > CACHED_ELEMENTS
+    return Plan(geometry, Struct("15q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS, side_by_side)
 
 
 RUN = Struct("4q").pack
@@ -99,7 +99,7 @@ def run(kernel: Kernel, plan: Plan, fields: bytes, sums: int = 0) -> None:
     """
     geometry = plan.geometry
     threads = team_size() if plan.parallel else 1
-    shares = plan.streams or (geometry.units < STRIPS_PER_THREAD * threads and geometry.units % threads != 0)
+    shares = plan.side_by_side or (geometry.units < STRIPS_PER_THREAD * threads and geometry.units % threads != 0)
     private = threads * geometry.scratch_bytes
     shared = geometry.partial_bytes if shares else 0
     memory = scratch.at_least(private + shared + 16 * geometry.channels)
