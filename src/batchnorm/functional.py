@@ -1,5 +1,7 @@
 """Batch normalization as functions: check the arguments, choose an implementation, call it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,6 @@ from batchnorm import reference
 from batchnorm._ops import kernel, kernel_autograd
 from batchnorm._ops.batch_norm import seen_through, train
 from batchnorm._ops.checks import (
-    check_input,
     check_momentum,
     check_not_differentiated,
     check_not_vmapped,
@@ -18,7 +19,7 @@ from batchnorm._ops.checks import (
     of_one_dtype,
     suits_torch,
 )
-from batchnorm._ops.choice import KERNEL, Choice, choose, instead
+from batchnorm._ops.choice import READY, Choice, choose, instead
 from batchnorm._ops.dtypes import HALF, statistics_dtype
 from batchnorm.errors import ImplementationError
 from batchnorm.reference import TrainOutput, activate, values_per_channel
@@ -113,19 +114,9 @@ def batch_norm(
             activation=activation,
             implementation=implementation,
         )
-    check_input(input, residual, activation)
+    choice = choose(implementation, input, True, residual, activation, weight, bias, running_mean, running_var)
     return train_and_track(
-        input,
-        weight,
-        bias,
-        residual,
-        eps,
-        activation,
-        running_mean,
-        running_var,
-        momentum,
-        None,
-        choose(implementation, input, training=True),
+        input, weight, bias, residual, eps, activation, running_mean, running_var, momentum, None, choice
     )
 
 
@@ -145,9 +136,10 @@ def train_and_track(
     """Normalize a mini-batch, which has been checked; move running statistics and counter, where there are any."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if choice.implementation == "kernel" and (choice is KERNEL or (input.numel() and not seen_through())):
+    if choice is READY or (choice.implementation == "kernel" and input.numel() and not seen_through()):
+        train = kernel_autograd.train if choice is READY else kernel_autograd.train_checked
         try:
-            return kernel_autograd.train(
+            return train(
                 input, weight, bias, residual, eps, activation, running_mean, running_var, momentum, num_batches_tracked
             )
         except ImplementationError as error:
@@ -210,18 +202,18 @@ def normalize_batch(
     implementation: str,
 ) -> TrainOutput:
     """:func:`batch_norm_train` for callers that update running statistics next: these are checked, not changed."""
-    check_input(input, residual, activation)
+    choice = choose(implementation, input, True, residual, activation)
     check_training(input, eps)
     count = values_per_channel(input)
     # an empty vector, which torch accepts
     if count == 0 and input.dim() < 2:
         return TrainOutput(input.clone(), input.new_zeros(0), input.new_zeros(0), 0)
     check_per_channel(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    choice = choose(implementation, input, training=True)
     if choice.implementation == "kernel" and input.numel() and not seen_through():
-        mean = torch.empty(input.shape[1], dtype=statistics_dtype(input))
+        mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
         var = torch.empty_like(mean)
         try:
+            input, residual, (weight, bias) = kernel_autograd.made_ready(input, residual, weight, bias)
             statistics = kernel.Statistics(kernel.BATCH, mean=mean, var=var)
             output = kernel_autograd.batch_norm(input, weight, bias, residual, eps, activation, statistics)
         except ImplementationError as error:
@@ -260,17 +252,34 @@ def batch_norm_inference(
         tensor([[0.],
                 [1.]])
     """
-    check_input(input, residual, activation)
+    choice = choose(implementation, input, False, residual, activation, weight, bias, mean, var)
+    return evaluate(input, mean, var, weight, bias, residual, activation, eps, choice)
+
+
+def evaluate(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+    choice: Choice,
+) -> Tensor:
+    """:func:`batch_norm_inference` after the choice."""
     if mean is None or var is None:
         raise RuntimeError(f"running_{'mean' if mean is None else 'var'} must be defined in evaluation mode")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    choice = choose(implementation, input, training=False)
-    if choice.implementation == "kernel" and input.numel() and not seen_through():
-        check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
-        mean, var = kernel.running(mean, input), kernel.running(var, input)
+    if choice is READY or (choice.implementation == "kernel" and input.numel() and not seen_through()):
         try:
-            statistics = kernel.Statistics(kernel.RUNNING, mean, var)
+            running: list[Any] = [mean, var]
+            if choice is not READY:
+                check_per_channel(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
+                tensors = (weight, bias, mean, var)
+                input, residual, (weight, bias, *running) = kernel_autograd.made_ready(input, residual, *tensors)
+            statistics = kernel.Statistics(kernel.RUNNING, *running)
             return kernel_autograd.batch_norm(input, weight, bias, residual, eps, activation, statistics)
         except ImplementationError as error:
             choice = instead(choice, error)

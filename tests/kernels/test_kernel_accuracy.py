@@ -362,3 +362,24 @@ def test_large_results_are_the_same_bits_and_right(any_number_of_threads):
     y = by_torch_train(x.double(), weight.double(), bias.double(), EPS)
     for name, result, exact in zip(NAMES, expected, y[:3], strict=False):
         assert_within_budget(result, [exact.to(result.dtype)], exact, name)
+
+
+def test_layer_in_bfloat16_throughout_rounds_each_result_once():
+    """Parameters and running statistics are read and written as they are, without copies in float32."""
+    x, residual, grad_output = torch.randn(3, 8, 5, 6, 6).bfloat16()
+    weight, bias, running_mean = torch.randn(3, 5).bfloat16()
+    running_var = torch.rand(5).bfloat16()
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, bias, residual)]
+        input, gamma, beta, shortcut = leaves
+        y = functional.batch_norm(input, mean, var, gamma, beta, True, 0.1, residual=shortcut, activation="relu")
+        evaluated = functional.batch_norm(input, mean, var, gamma, beta, residual=shortcut, activation="relu")
+        return [y.detach(), evaluated.detach(), mean, var, *torch.autograd.grad(y, leaves, grad_output.to(dtype))]
+
+    ours, exact = results(torch.bfloat16), results(torch.float64)
+    for got, expected in zip(ours, exact, strict=True):
+        assert got.dtype is torch.bfloat16
+        # half a unit in the last place, and as much again for the running statistics that evaluation reads rounded
+        torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=2**-8)

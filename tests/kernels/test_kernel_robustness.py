@@ -457,3 +457,24 @@ def test_counter_of_another_dtype_counts_and_its_neighbour_stays(dtype):
     layer.num_batches_tracked = memory[0]
     layer(torch.randn(8, 3))
     assert memory.tolist() == [0, 7]
+
+
+def test_default_device_elsewhere_does_not_move_what_the_kernels_allocate():
+    x, layer = torch.randn(6, 3, requires_grad=True), batchnorm.nn.BatchNorm1d(3, activation="relu")
+    expected = torch.autograd.grad(layer(x).sum(), [x, layer.weight])
+    with torch.device("meta"):
+        assert batchnorm.nn.explain(layer, x).implementation == "kernel"
+        results = torch.autograd.grad(layer(x).sum(), [x, layer.weight])
+    torch.testing.assert_close(results, expected)
+
+
+def test_tensor_that_a_transform_left_behind_is_read_as_what_it_wraps():
+    left = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        left.append(x * 2)
+        return x.sum()
+
+    x, layer = torch.randn(6, 3), batchnorm.nn.BatchNorm1d(3)
+    torch.func.grad(loss)(x)
+    torch.testing.assert_close(layer(left[0]), layer(x * 2))

@@ -4,10 +4,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _get_tracing_state as tracing_state
+from torch._C import _has_storage as has_storage
+from torch._C import _len_torch_dispatch_stack as number_of_dispatch_modes
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from batchnorm._ops import kernel
 from batchnorm._ops.batch_norm import seen_through
+from batchnorm._ops.checks import check_input
+from batchnorm._ops.kernel import DTYPES, PLAIN_TYPES, Kernels
 from batchnorm.errors import ImplementationError
+from batchnorm.reference import ACTIVATIONS
 
 
 class Choice(NamedTuple):
@@ -20,6 +29,8 @@ class Choice(NamedTuple):
 REQUESTED = {name: Choice(name, f"implementation={name!r} was asked for") for name in ("kernel", "aten", "reference")}
 SEEN_THROUGH = Choice("reference", "a compiler, an exporter or torch.func must see plain operations")
 KERNEL = Choice("kernel", "one pass over the input, compiled for this processor")
+# the same for tensors that were found to be in order
+READY = Choice(*KERNEL)
 EVALUATION_SEEN_THROUGH = Choice("aten", "torch.batch_norm is one operation that every compiler and exporter knows")
 EMPTY = Choice("aten", "the input is empty")
 NOT_PLAIN = Choice(
@@ -28,8 +39,21 @@ NOT_PLAIN = Choice(
 IMPLEMENTATIONS = ("auto", *REQUESTED)
 
 
-def choose(implementation: str, input: Tensor, training: bool) -> Choice:
-    """Choose the implementation of a call. A request by name never falls back to another."""
+def choose(
+    implementation: str,
+    input: Tensor,
+    training: bool,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    *per_channel: Tensor | None,
+) -> Choice:
+    """Check the input and what it is used with, and choose. A request by name never falls back to another.
+
+    All but :data:`READY` leaves the per-channel tensors to be checked.
+    """
+    if implementation == "auto" and ready(input, residual, activation, *per_channel):
+        return READY
+    check_input(input, residual, activation)
     if implementation == "auto":
         if seen_through():
             return SEEN_THROUGH if training else EVALUATION_SEEN_THROUGH
@@ -42,17 +66,62 @@ def choose(implementation: str, input: Tensor, training: bool) -> Choice:
     return choice
 
 
+def ready(input: Tensor, residual: Tensor | None, activation: str | None, *per_channel: Tensor | None) -> bool:
+    """Whether a kernel can serve this call with these tensors as they are, as it almost always can.
+
+    Where it says no, the longer way finds out what is wrong, what must be converted and what serves instead.
+    """
+    if (
+        is_compiling()
+        or type(input) not in PLAIN_TYPES
+        or not input.is_cpu
+        or Kernels.launch is None
+        or Kernels.failure is not None
+        or input.dtype not in DTYPES
+        or input.layout is not torch.strided
+        or are_transforms_active()
+        or tracing_state() is not None
+        or number_of_dispatch_modes()
+        or forward_ad._current_level >= 0
+        or input.numel() == 0
+        or input.is_neg()
+        or not has_storage(input)
+        or (activation is not None and activation not in ACTIVATIONS)
+    ):
+        return False
+    shape = input.shape
+    if len(shape) < 2:
+        return False
+    dtype, size = input.dtype, shape[1:2]
+    if residual is not None and not (
+        type(residual) in PLAIN_TYPES
+        and residual.shape == shape
+        and residual.dtype is dtype
+        and residual.is_cpu
+        and residual.layout is torch.strided
+        and not residual.is_neg()
+    ):
+        return False
+    for tensor in per_channel:
+        if tensor is not None and not (
+            type(tensor) in PLAIN_TYPES
+            and tensor.dtype is dtype
+            and tensor.shape == size
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
+
+
 def obstacle(input: Tensor) -> Choice | None:
     """What serves instead of the kernels where they cannot."""
     if not input.is_cpu:
         return Choice("aten", f"the kernels run on the cpu, and the input is on {input.device}")
-    if input.dtype not in kernel.DTYPES:
+    if input.dtype not in DTYPES:
         return Choice("aten", f"the kernels take float32, float64 and bfloat16, and the input is {input.dtype}")
-    if (
-        type(input) not in kernel.PLAIN_TYPES
-        or torch._C._len_torch_dispatch_stack()
-        or input.layout is not torch.strided
-    ):
+    if type(input) not in PLAIN_TYPES or torch._C._len_torch_dispatch_stack() or input.layout is not torch.strided:
         return NOT_PLAIN
     if input.numel() == 0:
         return EMPTY
@@ -62,7 +131,7 @@ def obstacle(input: Tensor) -> Choice | None:
 
 def instead(choice: Choice, error: ImplementationError) -> Choice:
     """What serves after the kernels refused a call; one that asked for them by name gets the error."""
-    if choice is not KERNEL:
+    if choice != KERNEL:
         raise error
     return Choice("aten", str(error))
 

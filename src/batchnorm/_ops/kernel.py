@@ -3,7 +3,9 @@
 Eager calls come from ``kernel_autograd.py``; the registered operators use ``train_forward`` and ``train_backward``.
 """
 
+import math
 import warnings
+from functools import lru_cache
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -57,54 +59,48 @@ def give_up(error: Exception) -> None:
     warnings.warn(f"{Kernels.failure}; torch's own kernels serve instead", RuntimeWarning, stacklevel=2)
 
 
-def compiled(direction: str, form: str, dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    """A kernel, compiled before anything is written."""
+@lru_cache(maxsize=4096)
+def kernel_and_plan(
+    direction: str, shape: torch.Size, contiguous: bool, dtype: str, activation: str | None, residual: bool, mask: bool
+) -> tuple[Any, Any]:
+    """The kernel for a call, compiled before anything is written, and the plan for a dense tensor of this shape."""
+    plan = plan_for(shape, contiguous)
     try:
-        return Kernels.launch.kernel(direction, form, dtype, activation, residual, mask)
+        kernel = Kernels.launch.kernel(direction, plan.geometry.form, dtype, activation, residual, mask)
     except Exception as error:
         if not getattr(error, "only_here", False):
             give_up(error)
         raise ImplementationError(str(Kernels.failure or error)) from error
+    return kernel, plan
 
 
-def plan_for(input: Tensor) -> Any:
+def plan_for(shape: torch.Size, contiguous: bool) -> Any:
     if Kernels.launch is None:
         load()
     launch: Any = Kernels.launch
     if launch is None:
         raise ImplementationError(Kernels.failure)
-    shape = input.shape
-    samples, channels = shape[0], shape[1]
-    positions = input.numel() // (samples * channels)
-    return launch.plan(samples, channels, positions, positions > 1 and not input.is_contiguous())
-
-
-def readable(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may read and write these by their addresses: no subclass, and no negation that is pending."""
-    return all(t is None or (type(t) in PLAIN_TYPES and not t.is_neg()) for t in tensors)
-
-
-def resolved(tensor: Tensor | None) -> Tensor | None:
-    """The same values as a kernel can read them."""
-    if tensor is None or readable(tensor):
-        return tensor
-    if type(tensor) not in PLAIN_TYPES:
-        raise ImplementationError(f"the kernels take plain tensors, not {type(tensor).__name__}")
-    return tensor.resolve_neg()
+    samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
+    return launch.plan(samples, channels, positions, positions > 1 and not contiguous)
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def parameter(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A per-channel tensor as a kernel reads it."""
-    return None if tensor is None else as_dtype(tensor, dtype).contiguous()
+def as_taken(input: Tensor, *per_channel: Tensor | None) -> list[Any]:
+    """Per-channel tensors as the kernels take them: dense, all of the input's dtype or, beside bfloat16, of float32."""
+    dtype = input.dtype
+    if any(tensor is not None and tensor.dtype is not dtype for tensor in per_channel):
+        dtype = statistics_dtype(input)
+    return [None if tensor is None else as_dtype(tensor, dtype).contiguous() for tensor in per_channel]
 
 
-def running(tensor: Tensor, input: Tensor) -> Tensor:
-    """Running statistics as a kernel reads and writes them; the tensor itself where that is possible."""
-    return as_dtype(tensor, statistics_dtype(input)).contiguous()
+def dtype_name(input: Tensor, *per_channel: Tensor | None) -> str:
+    """The kernels' name for a call's dtypes."""
+    if input.dtype is torch.bfloat16 and any(t is not None and t.dtype is torch.bfloat16 for t in per_channel):
+        return "bfloat16_throughout"
+    return DTYPES[input.dtype]
 
 
 class Statistics(NamedTuple):
@@ -129,20 +125,29 @@ def forward(
     statistics: Statistics,
     masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, saved statistics (2, C) and mask."""
-    plan = plan_for(input)
-    geometry = plan.geometry
+    """Output, saved statistics (2, C) and mask. Per-channel tensors are as ``as_taken`` returns them."""
     given, running_mean, running_var, momentum, counter, mean, var = statistics
-    dtype = statistics_dtype(input)
-    kernel = compiled("forward", geometry.form, DTYPES[input.dtype], activation, residual is not None, masked)
+    name = dtype_name(input, weight, bias, running_mean)
+    kernel, plan = kernel_and_plan(
+        "forward", input.shape, input.is_contiguous(), name, activation, residual is not None, masked
+    )
     output = empty_like(input)
-    saved = torch.empty(2 * geometry.channels, dtype=torch.float64)
-    mask = torch.empty(geometry.mask_words, dtype=torch.int32) if masked else None
-    weight, bias = parameter(weight, dtype), parameter(bias, dtype)
+    saved = input.new_empty(2 * plan.geometry.channels, dtype=torch.float64)
+    mask = input.new_empty(plan.geometry.mask_words, dtype=torch.int32) if masked else None
     fields = pack_forward(
         given == BATCH, 1, given, plan.values_per_channel, eps, momentum,
-        input.data_ptr(), address(residual), address(mask), address(weight), address(bias), saved.data_ptr(),
-        output.data_ptr(), address(mean), address(var), address(running_mean), address(running_var), address(counter),
+        input.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        saved.data_ptr(),
+        output.data_ptr(),
+        0 if mean is None else mean.data_ptr(),
+        0 if var is None else var.data_ptr(),
+        0 if running_mean is None else running_mean.data_ptr(),
+        0 if running_var is None else running_var.data_ptr(),
+        0 if counter is None else counter.data_ptr(),
     )  # fmt: skip
     Kernels.launch.run(kernel, plan, fields)
     return output, saved, mask
@@ -161,23 +166,34 @@ def backward(
     needs_input: bool,
     output: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Gradients of input, weight, bias and of the sum before the activation."""
-    plan = plan_for(input)
-    geometry = plan.geometry
-    dtype = statistics_dtype(input)
+    """Gradients of input, weight, bias and of the sum before the activation; tensors as in :func:`forward`."""
+    name = dtype_name(input, weight, bias)
     has_sum = activation is not None and (residual is not None or mask is not None)
     if output is not None:
         activation, residual = f"{activation}_by_output", output
-    kernel = compiled("backward", geometry.form, DTYPES[input.dtype], activation, has_sum, mask is not None)
-    weight, bias = parameter(weight, dtype), parameter(bias, dtype)
+    kernel, plan = kernel_and_plan(
+        "backward", input.shape, input.is_contiguous(), name, activation, has_sum, mask is not None
+    )
     grad_input = empty_like(input)
     grad_sum = empty_like(input) if has_sum else None
-    grad_weight = torch.empty(geometry.channels, dtype=dtype)
-    grad_bias = torch.empty(geometry.channels, dtype=dtype)
+    per_channel = bias if weight is None else weight
+    if per_channel is None:
+        per_channel = input.new_empty(0, dtype=statistics_dtype(input))
+    grad_weight = per_channel.new_empty(plan.geometry.channels)
+    grad_bias = per_channel.new_empty(plan.geometry.channels)
     fields = pack_backward(
         1, needs_input, given, plan.values_per_channel, 0.0, 0.0,
-        input.data_ptr(), address(residual), address(mask), address(weight), address(bias), saved.data_ptr(),
-        grad_output.data_ptr(), grad_input.data_ptr(), address(grad_sum), grad_weight.data_ptr(), grad_bias.data_ptr(),
+        input.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        saved.data_ptr(),
+        grad_output.data_ptr(),
+        grad_input.data_ptr(),
+        0 if grad_sum is None else grad_sum.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
     )  # fmt: skip
     Kernels.launch.run(kernel, plan, fields)
     return grad_input if needs_input else None, grad_weight, grad_bias, grad_sum
@@ -194,9 +210,10 @@ def train_forward(
     """As ``aten.train_forward``, for the operator."""
     if input.numel() == 0:
         return aten.train_forward(input, weight, bias, residual, eps, activation)
-    mean = torch.empty(input.shape[1], dtype=statistics_dtype(input))
+    mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
     var = torch.empty_like(mean)
     statistics = Statistics(BATCH, mean=mean, var=var)
+    weight, bias = as_taken(input, weight, bias)
     output, saved, _ = forward(input, weight, bias, residual, eps, activation, statistics, False)
     return output, mean, var, saved.view(2, -1)
 
@@ -214,20 +231,24 @@ def train_backward(
     """As ``aten.train_backward``, for the operator."""
     if input.numel() == 0:
         return aten.train_backward(grad_output, input, weight, bias, residual, saved, eps, activation)
+    weight, bias = as_taken(input, weight, bias)
     grad_input, grad_weight, grad_bias, grad_sum = backward(
         grad_output, input, weight, bias, residual, saved, None, activation, BATCH, True
     )
-    return grad_input, grad_weight, grad_bias, grad_output if grad_sum is None else grad_sum  # pyright: ignore[reportReturnType]
+    if grad_sum is None:
+        grad_sum = grad_output
+    dtype = statistics_dtype(input)
+    return grad_input, as_dtype(grad_weight, dtype), as_dtype(grad_bias, dtype), grad_sum  # pyright: ignore[reportReturnType]
 
 
 def backward_frozen(
     grad_output: Tensor, weight: Tensor | None, saved: Tensor, mask: Tensor | None, activation: str | None, apart: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of input and of the sum, for given statistics, without the input."""
-    plan = plan_for(grad_output)
-    geometry = plan.geometry
-    kernel = compiled("frozen", geometry.form, DTYPES[grad_output.dtype], activation, apart, mask is not None)
-    weight = parameter(weight, statistics_dtype(grad_output))
+    name = dtype_name(grad_output, weight)
+    kernel, plan = kernel_and_plan(
+        "frozen", grad_output.shape, grad_output.is_contiguous(), name, activation, apart, mask is not None
+    )
     grad_input = empty_like(grad_output)
     grad_sum = empty_like(grad_output) if apart else None
     fields = pack_backward(

@@ -41,7 +41,7 @@ waiting: list[Region] = []
 
 def empty_like(x: Tensor) -> Tensor:
     """``torch.empty_like(x)`` for a dense CPU tensor."""
-    size = x.numel() * x.element_size()
+    size = x.nbytes
     if size < LARGE_BYTES or not AVAILABLE:
         return torch.empty_like(x)
     try:
@@ -52,7 +52,7 @@ def empty_like(x: Tensor) -> Tensor:
     lease = (ctypes.c_char * size).from_buffer(region.memory, -start % HUGE_PAGE)
     weakref.finalize(lease, give_back, region).atexit = False
     storage = torch.frombuffer(lease, dtype=x.dtype, count=x.numel()).untyped_storage()
-    output = torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
+    output = x.new_empty(0).set_(storage, 0, x.shape, x.stride())
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # pyright: ignore[reportAttributeAccessIssue]
         output.fill_(torch.nan)
     return output

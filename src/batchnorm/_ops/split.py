@@ -8,32 +8,39 @@
 ``count`` is the number of values per channel of all replicas together. Tensors are dense and on the CPU.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from batchnorm._ops.dtypes import statistics_dtype
 from batchnorm._ops.kernel import (
     BATCH,
-    DTYPES,
     Kernels,
     address,
-    compiled,
+    as_taken,
+    dtype_name,
+    kernel_and_plan,
     pack_backward,
     pack_forward,
-    parameter,
-    plan_for,
 )
 
 # as in the kernels' ``arguments.py``
 SAVED_BEFORE = 2
 
 
+def kernel_for(
+    direction: str, input: Tensor, activation: str | None, residual: bool, *per_channel: Tensor | None
+) -> tuple[Any, Any]:
+    name = dtype_name(input, *per_channel)
+    return kernel_and_plan(direction, input.shape, input.is_contiguous(), name, activation, residual, False)
+
+
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (float64) and variance (divided by the count, in the dtype of the statistics) of each channel."""
-    plan = plan_for(input)
-    kernel = compiled("forward", plan.geometry.form, DTYPES[input.dtype], None, False, False)
-    saved = torch.empty(2, plan.geometry.channels, dtype=torch.float64)
-    mean, var = torch.empty(2, plan.geometry.channels, dtype=statistics_dtype(input))
+    kernel, plan = kernel_for("forward", input, None, False)
+    saved = input.new_empty((2, plan.geometry.channels), dtype=torch.float64)
+    mean, var = input.new_empty((2, plan.geometry.channels), dtype=statistics_dtype(input))
     fields = pack_forward(
         1, 0, BATCH, plan.values_per_channel, 1.0, 0.0,
         input.data_ptr(), 0, 0, 0, 0, saved.data_ptr(), 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0,
@@ -51,10 +58,8 @@ def normalize(
     activation: str | None,
 ) -> Tensor:
     """Output for ``saved``: mean and 1 / sqrt(var + eps), float64 (2, C)."""
-    plan = plan_for(input)
-    kernel = compiled("forward", plan.geometry.form, DTYPES[input.dtype], activation, residual is not None, False)
-    dtype = statistics_dtype(input)
-    weight, bias = parameter(weight, dtype), parameter(bias, dtype)
+    weight, bias = as_taken(input, weight, bias)
+    kernel, plan = kernel_for("forward", input, activation, residual is not None, weight, bias)
     output = torch.empty_like(input)
     fields = pack_forward(
         0, 1, SAVED_BEFORE, plan.values_per_channel, 0.0, 0.0,
@@ -75,16 +80,15 @@ def gradient_sums(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums (2, C) in float64, gradients of weight and bias, and the gradient before residual and activation."""
-    plan = plan_for(input)
     has_sum = activation is not None
     # the sum before the activation is stored where there is a residual; without one, a zero stands for it
     if has_sum and residual is None:
         residual = torch.zeros_like(input)
-    kernel = compiled("backward", plan.geometry.form, DTYPES[input.dtype], activation, has_sum, False)
-    dtype = statistics_dtype(input)
-    weight, bias = parameter(weight, dtype), parameter(bias, dtype)
-    sums = torch.empty(2, plan.geometry.channels, dtype=torch.float64)
-    grad_weight, grad_bias = torch.empty(2, plan.geometry.channels, dtype=dtype)
+    weight, bias = as_taken(input, weight, bias)
+    dtype = statistics_dtype(input) if weight is None else weight.dtype
+    kernel, plan = kernel_for("backward", input, activation, has_sum, weight, bias)
+    sums = input.new_empty((2, plan.geometry.channels), dtype=torch.float64)
+    grad_weight, grad_bias = input.new_empty((2, plan.geometry.channels), dtype=dtype)
     grad_sum = torch.empty_like(input) if has_sum else grad_output
     fields = pack_backward(
         1, 0, BATCH, plan.values_per_channel, 0.0, 0.0,
@@ -99,9 +103,8 @@ def apply_gradient(
     grad_sum: Tensor, input: Tensor, saved: Tensor, weight: Tensor | None, sums: Tensor, count: int
 ) -> Tensor:
     """Gradient of the input, from that before residual and activation and the sums of all replicas."""
-    plan = plan_for(input)
-    kernel = compiled("backward", plan.geometry.form, DTYPES[input.dtype], None, False, False)
-    weight = parameter(weight, statistics_dtype(input))
+    (weight,) = as_taken(input, weight)
+    kernel, plan = kernel_for("backward", input, None, False, weight)
     grad_input = torch.empty_like(input)
     fields = pack_backward(
         0, 1, BATCH, count, 0.0, 0.0,

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm._ops.checks import check_activation, check_input
+from batchnorm._ops.checks import check_activation
 from batchnorm._ops.choice import Choice, check_implementation, choose
 from batchnorm._ops.dtypes import statistics_dtype
-from batchnorm.functional import batch_norm_inference, train_and_track
+from batchnorm.functional import evaluate, train_and_track
 
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -51,25 +51,16 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return self.traced(input, residual)
         self._check_input_dim(input)
         activation = self.activation
-        check_input(input, residual, activation)
         weight, bias, running_mean, running_var, num_batches_tracked = self.tensors()
         training = self.training
         by_batch = training or (running_mean is None and running_var is None)
-        choice = choose(self.implementation, input, training=by_batch)
+        choice = choose(
+            self.implementation, input, by_batch, residual, activation, weight, bias, running_mean, running_var
+        )
         if choice is not self.last_choice and not torch.compiler.is_compiling():
             self.last_choice = choice
         if not by_batch:
-            return batch_norm_inference(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                residual=residual,
-                activation=activation,
-                eps=self.eps,
-                implementation=choice.implementation,
-            )
+            return evaluate(input, running_mean, running_var, weight, bias, residual, activation, self.eps, choice)
         momentum: float | Tensor | None = self.momentum
         if not training or not self.track_running_stats:
             running_mean = running_var = None

@@ -59,9 +59,9 @@ def backward(form: str, dtype: str, activation: str | None, residual: bool, mask
 
 @cache
 def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    element, real, read, _ = ELEMENTS[dtype]
+    element, _, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    channel = channel_function(real)
+    channel = channel_function(dtype)
     keep = keep_function(dtype, activation, residual, mask, per_column=False)
     source = source_of_gradient(activation, residual)
     gradient = gradient_function(dtype, activation if source == GRAD_OUTPUT else None, residual, per_column=False)
@@ -101,9 +101,9 @@ def reduce_rows(dtype: str, activation: str | None, residual: bool, mask: bool) 
 
 @cache
 def reduce_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    element, real, read, _ = ELEMENTS[dtype]
+    element, _, read, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    expand = affine_expander(real)
+    expand = affine_expander(dtype)
     keep = keep_function(dtype, activation, residual, mask, per_column=True)
     source = source_of_gradient(activation, residual)
     gradient = gradient_function(dtype, activation if source == GRAD_OUTPUT else None, residual, per_column=True)
@@ -204,7 +204,7 @@ def input_gradient_function(dtype: str, activation: str | None, residual: bool, 
 def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
     element, real, _, _ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    channel, slopes = channel_function(real), slopes_function(real)
+    channel, slopes = channel_function(dtype), slopes_function(dtype)
     apply_row = input_gradient_function(dtype, activation, residual, mask, per_column=False)
 
     @inner
@@ -224,9 +224,9 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
 
 @cache
 def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    element, real, _, _ = ELEMENTS[dtype]
+    element, *_ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    expand, expand_slopes = affine_expander(real), slopes_expander(real)
+    expand, expand_slopes = affine_expander(dtype), slopes_expander(dtype)
     apply_row = input_gradient_function(dtype, activation, residual, mask, per_column=True)
 
     @inner
@@ -247,7 +247,7 @@ def frozen(form: str, dtype: str, activation: str | None, residual: bool, mask: 
     element, real, read, write = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
     per_column = form == "columns"
-    slopes = slopes_function(real)
+    slopes = slopes_function(dtype)
     at = picker(per_column)
     kept = GRAD_RESIDUAL if residual else GRAD_INPUT
     set_masked = masker(activation if mask else None, dtype)
@@ -257,7 +257,7 @@ def frozen(form: str, dtype: str, activation: str | None, residual: bool, mask: 
         for i in range(n):
             dx[i] = write(read(g[i]) * at(of_g, i))
 
-    expand = slopes_expander(real)
+    expand = slopes_expander(dtype)
 
     @inner
     def slope_of_columns(a, left, n, scratch, new):

@@ -187,9 +187,17 @@ def to_bfloat16(value):
     return np.uint16(0x7FC0) if value != value else np.uint16(rounded)
 
 
-# dtype name: (how it lies in memory, what it is computed in, read, write)
+# dtype name: (how an element lies in memory, what it is computed in, read, write)
 ELEMENTS = {
     "float32": (np.float32, np.float32, same, same),
     "float64": (np.float64, np.float64, same, same),
     "bfloat16": (np.uint16, np.float32, from_bfloat16, to_bfloat16),
+    "bfloat16_throughout": (np.uint16, np.float32, from_bfloat16, to_bfloat16),
+}
+# the same of weight, bias, their gradients and the running statistics: (how it lies in memory, read, write)
+PER_CHANNEL = {
+    "float32": (np.float32, same, same),
+    "float64": (np.float64, same, same),
+    "bfloat16": (np.float32, same, same),
+    "bfloat16_throughout": (np.uint16, from_bfloat16, to_bfloat16),
 }

@@ -81,9 +81,9 @@ def reduce_rows(dtype: str) -> Any:
 
 @cache
 def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    element, real, _, _ = ELEMENTS[dtype]
+    element, *_ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    channel = channel_function(real)
+    channel = channel_function(dtype)
     write_row = row_writer(dtype, activation, residual, mask, per_column=False)
 
     @inner
@@ -99,9 +99,10 @@ def apply_rows(dtype: str, activation: str | None, residual: bool, mask: bool) -
 
 
 @cache
-def channel_function(real: type) -> Any:
+def channel_function(dtype: str) -> Any:
     """``channel(a, c, scratch)``: mu, scale and shift of one channel, as numbers."""
-    affine = affine_function(real)
+    real = ELEMENTS[dtype][1]
+    affine = affine_function(dtype)
 
     @inner
     def channel(a, c, scratch):
@@ -210,9 +211,9 @@ def reduce_columns(dtype: str) -> Any:
 
 @cache
 def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool) -> Any:
-    element, real, _, _ = ELEMENTS[dtype]
+    element, *_ = ELEMENTS[dtype]
     size = np.dtype(element).itemsize
-    expand = affine_expander(real)
+    expand = affine_expander(dtype)
     write_row = row_writer(dtype, activation, residual, mask, per_column=True)
 
     @inner
@@ -228,9 +229,10 @@ def apply_columns(dtype: str, activation: str | None, residual: bool, mask: bool
 
 
 @cache
-def affine_expander(real: type) -> Any:
+def affine_expander(dtype: str) -> Any:
     """``expand(a, left, n, scratch, new)``: arrays of mu, scale and shift, one number per column."""
-    affine = affine_function(real)
+    real = ELEMENTS[dtype][1]
+    affine = affine_function(dtype)
 
     @inner
     def expand(a, left, n, scratch, new):

@@ -33,7 +33,7 @@ from batchnorm._kernels.cpu.arguments import (
     WIDTH,
     X,
 )
-from batchnorm._kernels.cpu.elements import ELEMENTS, carray, fused, inner, picker, pointer, simd
+from batchnorm._kernels.cpu.elements import ELEMENTS, PER_CHANNEL, carray, fused, inner, picker, pointer, simd
 from batchnorm._kernels.cpu.masks import mask_words, masker
 from batchnorm._kernels.cpu.statistics import (
     channels_of,
@@ -127,7 +127,8 @@ def keep_function(dtype: str, activation: str | None, residual: bool, mask: bool
 def finish_function(dtype: str, partial_columns: bool) -> Any:
     """``finish(a, u, partials)``: sums over the strip's chunks, and the gradients of weight and bias."""
     real = ELEMENTS[dtype][1]
-    size = np.dtype(real).itemsize
+    stored, _, write = PER_CHANNEL[dtype]
+    size = np.dtype(stored).itemsize
     sums = sums_of_columns if partial_columns else sums_of_strip
 
     @simd
@@ -137,7 +138,7 @@ def finish_function(dtype: str, partial_columns: bool) -> Any:
             # summed with the rounded mean
             q = sum_dy_xmu[j] - (mean[j] - f8(real(mean[j]))) * s
             sums_dy[j], sums_dy_xmu[j] = s, q
-            grad_weight[j], grad_bias[j] = real(q * invstd[j]), real(s)
+            grad_weight[j], grad_bias[j] = write(real(q * invstd[j])), write(real(s))
 
     @inner
     def finish(a, u, partials):
@@ -148,8 +149,8 @@ def finish_function(dtype: str, partial_columns: bool) -> Any:
         mean, invstd = saved_of(a, first, n)
         sum_dy, sum_dy_xmu = sums(a, partials)
         sums_dy, sums_dy_xmu = totals_of(a, first, n)
-        grad_weight = carray(pointer(a[GRAD_WEIGHT] + size * first), (n,), real)
-        grad_bias = carray(pointer(a[GRAD_BIAS] + size * first), (n,), real)
+        grad_weight = carray(pointer(a[GRAD_WEIGHT] + size * first), (n,), stored)
+        grad_bias = carray(pointer(a[GRAD_BIAS] + size * first), (n,), stored)
         gradients(sum_dy, sum_dy_xmu, mean, invstd, n, sums_dy, sums_dy_xmu, grad_weight, grad_bias)
 
     return finish
@@ -163,14 +164,16 @@ def totals_of(a, first, n):
 
 
 @cache
-def slopes_function(real: type) -> Any:
+def slopes_function(dtype: str) -> Any:
     """``slopes(a, first, n, of_g, of_x, constant)``: grad_input = g of_g + (x - mu) of_x + constant, of n channels."""
-    size = np.dtype(real).itemsize
+    real = ELEMENTS[dtype][1]
+    stored, read, _ = PER_CHANNEL[dtype]
+    size = np.dtype(stored).itemsize
 
     @simd
     def by_batch(mean, invstd, weight, has_weight, sum_dy, sum_dy_xmu, count, n, of_g, of_x, constant):
         for j in range(n):
-            slope = invstd[j] * (f8(weight[j]) if has_weight else 1.0)
+            slope = invstd[j] * (f8(read(weight[j])) if has_weight else 1.0)
             curve = sum_dy_xmu[j] * invstd[j] * invstd[j] / count
             rest = mean[j] - f8(real(mean[j]))
             of_g[j] = real(slope)
@@ -180,7 +183,7 @@ def slopes_function(real: type) -> Any:
     @simd
     def by_given(invstd, weight, has_weight, n, of_g, of_x, constant):
         for j in range(n):
-            of_g[j] = real(invstd[j] * (f8(weight[j]) if has_weight else 1.0))
+            of_g[j] = real(invstd[j] * (f8(read(weight[j])) if has_weight else 1.0))
             of_x[j] = real(0)
             constant[j] = real(0)
 
@@ -188,7 +191,7 @@ def slopes_function(real: type) -> Any:
     def slopes(a, first, n, of_g, of_x, constant):
         mean, invstd = saved_of(a, first, n)
         # where there is none, it is not read
-        weight = carray(pointer((a[WEIGHT] if a[WEIGHT] != 0 else a[SAVED]) + first * size), (n,), real)
+        weight = carray(pointer((a[WEIGHT] if a[WEIGHT] != 0 else a[SAVED]) + first * size), (n,), stored)
         if a[GIVEN] == BATCH:
             sum_dy, sum_dy_xmu = totals_of(a, first, n)
             count = f8(a[COUNT])
@@ -200,9 +203,10 @@ def slopes_function(real: type) -> Any:
 
 
 @cache
-def slopes_expander(real: type) -> Any:
+def slopes_expander(dtype: str) -> Any:
     """``expand(a, left, n, scratch, new)``: arrays of of_g, of_x and constant, one number per column."""
-    slopes = slopes_function(real)
+    real = ELEMENTS[dtype][1]
+    slopes = slopes_function(dtype)
 
     @inner
     def expand(a, left, n, scratch, new):

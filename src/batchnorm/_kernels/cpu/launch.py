@@ -78,6 +78,7 @@ class Plan(NamedTuple):
     values_per_channel: int
     parallel: bool
     side_by_side: bool  # strips of columns that are longer than a cache: rather all of them side by side
+    serial_bytes: int  # private memory and sums of one thread
 
 
 @lru_cache(maxsize=4096)
@@ -86,7 +87,14 @@ def plan(samples: int, channels: int, positions: int, channels_last: bool) -> Pl
     geometry = cut(samples, channels, positions, channels_last)
     count = samples * positions
     side_by_side = geometry.form == "columns" and geometry.rows * geometry.width > CACHED_ELEMENTS
-    return Plan(geometry, Struct("15q").pack(*geometry[1:]), count, count * channels >= SERIAL_ELEMENTS, side_by_side)
+    return Plan(
+        geometry,
+        Struct("15q").pack(*geometry[1:]),
+        count,
+        count * channels >= SERIAL_ELEMENTS,
+        side_by_side,
+        geometry.scratch_bytes + 16 * geometry.channels,
+    )
 
 
 RUN = Struct("4q").pack
@@ -97,14 +105,19 @@ def run(kernel: Kernel, plan: Plan, fields: bytes, sums: int = 0) -> None:
 
     ``sums`` is the address of sum_dy and sum_dy_xmu for callers that give them or want to have them.
     """
-    geometry = plan.geometry
-    threads = team_size() if plan.parallel else 1
+    geometry, header, _, parallel, _, serial_bytes = plan
+    if not parallel:
+        memory = scratch.at_least(serial_bytes)
+        private = memory + geometry.scratch_bytes
+        kernel.call(header + SERIAL + RUN(0, memory, private, sums or private) + fields)
+        return
+    threads = team_size()
     shares = plan.side_by_side or (geometry.units < STRIPS_PER_THREAD * threads and geometry.units % threads != 0)
     private = threads * geometry.scratch_bytes
     shared = geometry.partial_bytes if shares else 0
     memory = scratch.at_least(private + shared + 16 * geometry.channels)
     numbers = RUN(shares, memory, memory + private, sums or memory + private + shared)
     if threads == 1 or POOL is None:
-        kernel.call(b"".join((plan.header, SERIAL, numbers, fields)))
+        kernel.call(header + SERIAL + numbers + fields)
     else:
-        POOL.start(kernel.address, b"".join((plan.header, POOL.addresses, numbers, fields)), threads, 0)
+        POOL.start(kernel.address, header + POOL.addresses + numbers + fields, threads, 0)

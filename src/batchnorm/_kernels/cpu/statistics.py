@@ -29,7 +29,7 @@ from batchnorm._kernels.cpu.arguments import (
     WIDTH,
     X,
 )
-from batchnorm._kernels.cpu.elements import ELEMENTS, carray, inner, number, pointer, simd
+from batchnorm._kernels.cpu.elements import ELEMENTS, PER_CHANNEL, carray, inner, number, pointer, simd
 
 f8 = np.float64
 
@@ -112,33 +112,35 @@ def shifts_function(dtype: str) -> Any:
 
 
 @cache
-def affine_function(real: type) -> Any:
+def affine_function(dtype: str) -> Any:
     """``affine(a, first, n, mu, scale, shift)`` of n channels, with z = (x - mu) * scale + shift.
 
     ``x - mu`` is exact where x is near mu; what mu lost when it was rounded is part of the shift.
     """
+    real = ELEMENTS[dtype][1]
+    stored, read, _ = PER_CHANNEL[dtype]
+    size = np.dtype(stored).itemsize
 
     @simd
     def combine(mean, invstd, weight, bias, has_weight, has_bias, n, mu, scale, shift):
         for j in range(n):
-            slope = invstd[j] * (f8(weight[j]) if has_weight else 1.0)
+            slope = invstd[j] * (f8(read(weight[j])) if has_weight else 1.0)
             center = real(mean[j])
             rest = mean[j] - f8(center)
             # inf - inf
             rest = rest if rest == rest else 0.0
             mu[j] = center
             scale[j] = real(slope)
-            shift[j] = real((f8(bias[j]) if has_bias else 0.0) - rest * slope)
+            shift[j] = real((f8(read(bias[j])) if has_bias else 0.0) - rest * slope)
 
     @inner
     def affine(a, first, n, mu, scale, shift):
         mean, invstd = saved_of(a, first, n)
         # where there is none, it is not read
-        weight = carray(pointer((a[WEIGHT] if a[WEIGHT] != 0 else a[SAVED]) + first * size), (n,), real)
-        bias = carray(pointer((a[BIAS] if a[BIAS] != 0 else a[SAVED]) + first * size), (n,), real)
+        weight = carray(pointer((a[WEIGHT] if a[WEIGHT] != 0 else a[SAVED]) + first * size), (n,), stored)
+        bias = carray(pointer((a[BIAS] if a[BIAS] != 0 else a[SAVED]) + first * size), (n,), stored)
         combine(mean, invstd, weight, bias, a[WEIGHT] != 0, a[BIAS] != 0, n, mu, scale, shift)
 
-    size = np.dtype(real).itemsize
     return affine
 
 
@@ -155,6 +157,8 @@ def finish_function(dtype: str, partial_columns: bool) -> Any:
     """``finish(a, u, partials)``: the statistics of the channels of strip u; the running statistics follow them."""
     real = ELEMENTS[dtype][1]
     size = np.dtype(real).itemsize
+    stored, read, write = PER_CHANNEL[dtype]
+    stored_size = np.dtype(stored).itemsize
     shifts = shifts_function(dtype)
     sums = sums_of_columns if partial_columns else sums_of_strip
 
@@ -171,7 +175,7 @@ def finish_function(dtype: str, partial_columns: bool) -> Any:
     @simd
     def widen(source, n, target):
         for j in range(n):
-            target[j] = f8(source[j])
+            target[j] = f8(read(source[j]))
 
     @simd
     def narrow(source, n, target):
@@ -181,7 +185,7 @@ def finish_function(dtype: str, partial_columns: bool) -> Any:
     @simd
     def move(running, new, n, momentum, factor):
         for j in range(n):
-            running[j] = real((1.0 - momentum) * f8(running[j]) + momentum * (new[j] * factor))
+            running[j] = write(real((1.0 - momentum) * f8(read(running[j])) + momentum * (new[j] * factor)))
 
     @simd
     def invert(variances, n, eps):
@@ -197,8 +201,8 @@ def finish_function(dtype: str, partial_columns: bool) -> Any:
         n = last - first
         # the place of 1 / sqrt(var + eps) holds the variance at first
         means, variances = saved_of(a, first, n)
-        running_mean = carray(pointer(a[RUNNING_MEAN] + size * first), (n,), real)
-        running_var = carray(pointer(a[RUNNING_VAR] + size * first), (n,), real)
+        running_mean = carray(pointer(a[RUNNING_MEAN] + stored_size * first), (n,), stored)
+        running_var = carray(pointer(a[RUNNING_VAR] + stored_size * first), (n,), stored)
         if given == RUNNING:
             widen(running_mean, n, means)
             widen(running_var, n, variances)
