@@ -29,8 +29,8 @@ SEGMENT_ELEMENTS = 16384
 LEAST_ROWS = 64
 # private memory per column: sums, shifts, coefficients and results on their way, 8 bytes each
 PER_COLUMN_BYTES = 10 * 8
-# Results of more elements, 25 MB in float32, are written past the caches.
-STREAM_ELEMENTS = 6 << 20
+# Results of more elements, 6 MB in float32, are written past the caches.
+STREAM_ELEMENTS = 3 << 19
 
 
 class Geometry(NamedTuple):
