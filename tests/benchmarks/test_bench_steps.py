@@ -6,7 +6,7 @@ from torch import nn
 
 from batchnorm.benchmarks import steps
 from batchnorm.benchmarks.peers import PeerUnavailableError
-from batchnorm.experiments.models.inception import BNInception
+from batchnorm.experiments.models.inception import Inception
 
 
 def small_network() -> nn.Module:
@@ -51,7 +51,7 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_comparing_changes_neither_network():
-    network = BNInception(5, batch_norm=True)
+    network = Inception(5, fused=False)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert steps.different_scores(network, network) is None
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -15,7 +15,7 @@ from batchnorm.benchmarks.correctness import another_function
 from batchnorm.benchmarks.peers import PeerUnavailableError
 from batchnorm.benchmarks.run import Record, as_microseconds
 from batchnorm.benchmarks.timing import time_in_turn, watch_others
-from batchnorm.experiments.models.inception import BNInception
+from batchnorm.experiments.models.inception import Inception
 
 BATCH, SIZE, CLASSES = 16, 224, 1000
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
@@ -54,7 +54,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": resnet18,
     # Dropout would draw other values in the network that is compared
     "MobileNetV2": lambda: from_transformers("MobileNetV2", classifier_dropout_prob=0.0),
-    "BN-Inception": lambda: BNInception(CLASSES, batch_norm=True),
+    "BN-Inception": lambda: Inception(CLASSES, fused=False),
 }
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batchnorm.nn import BatchNorm1d, BatchNorm2d
+
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
 
@@ -23,9 +25,19 @@ class Row(NamedTuple):
     pool: str
     projected: int
 
+    def times(self, width: float) -> "Row":
+        """The row of a network with more or fewer features."""
+        numbers = {name: scaled(value, width) for name, value in self._asdict().items() if name != "pool"}
+        return self._replace(**numbers)
+
     @property
     def stride(self) -> int:
         return 1 if self.direct else 2
+
+
+def scaled(features: int, width: float) -> int:
+    """Whole multiples of 8 features, at least 8; 0 stays."""
+    return features and max(8, round(features * width / 8) * 8)
 
 
 # Figure 5, with 96 instead of the printed 128 in the last column of 4c and 4d: see BNInception.
@@ -42,6 +54,8 @@ FIGURE_5 = {
     "5b": Row(352, 192, 320, 192, 224, "max", 128),
 }
 STEM_FEATURES, SECOND_FEATURES = 64, 192
+# the rows in which the table contradicts itself, and what it prints there
+PRINTED_PROJECTION = {"4c": 128, "4d": 128}
 # of the separable convolution that Figure 5 has first
 DEPTH_MULTIPLIER = 8
 
@@ -51,9 +65,12 @@ class Layer(NamedTuple):
 
     batch_norm: bool
     activation: str
+    fused: bool = True
 
     def after(self, features: int, *convolutions: nn.Conv2d) -> nn.Sequential:
         """``g(BN(Wu))``, or ``g(Wu + b)``: BN stands before the nonlinearity."""
+        if self.batch_norm and self.fused:
+            return nn.Sequential(*convolutions, BatchNorm2d(features, activation=self.activation))
         norm = [nn.BatchNorm2d(features)] if self.batch_norm else []
         inplace = {"inplace": True} if self.activation == "relu" else {}
         return nn.Sequential(*convolutions, *norm, ACTIVATIONS[self.activation](**inplace))
@@ -67,6 +84,17 @@ class Layer(NamedTuple):
         deep = in_features * DEPTH_MULTIPLIER
         by_depth = nn.Conv2d(in_features, deep, size, stride, padding=size // 2, groups=in_features, bias=False)
         return self.after(features, by_depth, nn.Conv2d(deep, features, 1, bias=not self.batch_norm))
+
+
+class PerActivationBatchNorm(nn.Module):
+    """A mean, a variance, a gamma and a beta for every activation instead of every feature map (section 3.2)."""
+
+    def __init__(self, features: int, size: int, activation: str) -> None:
+        super().__init__()
+        self.norm = BatchNorm1d(features * size * size, activation=activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.norm(input.flatten(1)).view(input.shape)
 
 
 class InceptionModule(nn.Module):
@@ -102,7 +130,7 @@ def pooling(kind: str, stride: int) -> nn.Module:
     return nn.MaxPool2d(3, 1, padding=1) if kind == "max" else nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
 
 
-class BNInception(nn.Module):
+class Inception(nn.Module):
     """Inception with or without batch normalization before every nonlinearity.
 
     Args:
@@ -110,13 +138,23 @@ class BNInception(nn.Module):
         batch_norm: normalize every convolution's output and drop its bias. Without, the network is the one that the
             paper calls Inception.
         activation: "relu", or "sigmoid" as in the paper's BN-x5-Sigmoid.
+        width: multiplies the features of every layer; they are rounded to multiples of 8.
+        dropout: share of the last pooling's outputs that training drops.
+        local_response_norm: GoogLeNet's, after the first pooling and before the second; section 4.2.1 removes it.
+        initial_scale: multiplies the initial weights of all convolutions, as some networks of section 4.3 have it.
+        per_activation_size: side of the input images. The last module then normalizes every activation on its own, as
+            some networks of section 4.3 do, and the network takes images of this size alone.
+        printed_projection: 128 features after the pooling of 4c and 4d, as the table prints, instead of 96.
+        separable_stem: the first convolution is separable, as the table says; otherwise an ordinary one.
+        fused: layers of ``batchnorm.nn`` with the activation inside; otherwise those of torch.nn, one by one.
 
     Shape:
         input (N, 3, 224, 224); output (N, num_classes), scores before the softmax. Other sizes work as well: the last
         pooling averages whatever is left.
 
     Source:
-        Ioffe & Szegedy 2015, Figure 5 and section 3.2. The table contradicts itself in places, decided here so:
+        Ioffe & Szegedy 2015, Figure 5 and sections 3.2, 4.2 and 4.3. The table contradicts itself in places, decided
+        here so:
 
         - 3c and 4e print their input's size and have stride 2; the next rows show it. Their pooling is 3x3 with stride
           2 and no convolution, the two other branches have stride 2 in their last convolution.
@@ -126,38 +164,75 @@ class BNInception(nn.Module):
           difference.
 
         The paper names neither initial values (here He's for ReLU), nor the padding of averages (not counted, as in
-        TensorFlow), nor eps and momentum (torch's). Of the networks in section 4.2 this is the one without local
-        response normalization and without Dropout, which section 4.2.1 removes.
+        TensorFlow), nor eps and momentum (torch's). The places and constants of local response normalization are
+        those of Szegedy et al. 2014 (GoogLeNet, Figure 3) and of its usual implementations.
 
     Example:
-        >>> network = BNInception(num_classes=10, batch_norm=True)
+        >>> network = Inception(num_classes=10, width=0.5)
         >>> network(torch.randn(2, 3, 64, 64)).shape
         torch.Size([2, 10])
     """
 
-    def __init__(self, num_classes: int = 1000, *, batch_norm: bool, activation: str = "relu") -> None:
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        *,
+        batch_norm: bool = True,
+        activation: str = "relu",
+        width: float = 1.0,
+        dropout: float = 0.0,
+        local_response_norm: bool = False,
+        initial_scale: float = 1.0,
+        per_activation_size: int | None = None,
+        printed_projection: bool = False,
+        separable_stem: bool = True,
+        fused: bool = True,
+    ) -> None:
         super().__init__()
-        layer = Layer(batch_norm, activation)
+        layer = Layer(batch_norm, activation, fused)
+        stem, second = scaled(STEM_FEATURES, width), scaled(SECOND_FEATURES, width)
+        first = layer.separable_convolution if separable_stem else layer.convolution
+        responses = [nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)] if local_response_norm else []
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        stages["conv1"] = layer.separable_convolution(3, STEM_FEATURES, 7, stride=2)
-        stages["pool1"] = pooling("max", 2)
-        stages["conv2"] = nn.Sequential(
-            layer.convolution(STEM_FEATURES, STEM_FEATURES, 1),
-            layer.convolution(STEM_FEATURES, SECOND_FEATURES, 3),
-        )
-        stages["pool2"] = pooling("max", 2)
-        features = SECOND_FEATURES
+        stages["conv1"] = first(3, stem, 7, stride=2)
+        stages["pool1"] = nn.Sequential(pooling("max", 2), *responses)
+        stages["conv2"] = nn.Sequential(layer.convolution(stem, stem, 1), layer.convolution(stem, second, 3))
+        stages["pool2"] = nn.Sequential(*responses, pooling("max", 2))
+        features = second
         for name, row in FIGURE_5.items():
-            module = InceptionModule(features, row, layer)
+            if printed_projection and name in PRINTED_PROJECTION:
+                row = row._replace(projected=PRINTED_PROJECTION[name])
+            module = InceptionModule(features, row.times(width), layer)
             stages[f"inception_{name}"] = module
             features = module.out_features
         self.stages = nn.Sequential(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(features, num_classes)
         self.apply(initialize)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data.mul_(initial_scale)
+        if per_activation_size is not None:
+            normalize_each_activation(self.stages[-1], last_size(per_activation_size))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.classifier(self.pool(self.stages(input)).flatten(1))
+        return self.classifier(self.dropout(self.pool(self.stages(input)).flatten(1)))
+
+
+def last_size(size: int) -> int:
+    """The side of the last feature maps: five layers halve it."""
+    for _ in range(5):
+        size = -(-size // 2)
+    return size
+
+
+def normalize_each_activation(module: nn.Module, size: int) -> None:
+    """Exchange the fused layers of a module whose feature maps are ``size`` x ``size``."""
+    for block in list(module.modules()):
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, BatchNorm2d) and layer.activation is not None:
+                block.add_module(name, PerActivationBatchNorm(layer.num_features, size, layer.activation))
 
 
 def initialize(module: nn.Module) -> None:
