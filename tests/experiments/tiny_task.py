@@ -22,6 +22,7 @@ class TinyTask:
         self.name, self.steps = name, steps
         self.settings = f"{optimizer}, {steps} steps"
         self.evaluation_steps = {*range(0, steps, every), steps}
+        self.state: dict[str, Any] = {}
         self.model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.loss_scale = 1.0

@@ -27,7 +27,7 @@ from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist, load_mnist
 from batchnorm.experiments.mnist_claims import ARMS, figure1_claims
 from batchnorm.experiments.models.mlp import StackedBatchNorm, StackedMLP
 from batchnorm.experiments.run_folder import TIMING, WORK, finish_run, open_run
-from batchnorm.experiments.training import PHASES, Timing, read_rows, train
+from batchnorm.experiments.training import Timing, describe_timing, read_rows, train
 from batchnorm.experiments.workers import report_progress, run_jobs, should_stop
 from batchnorm.files import write_atomic, write_json
 from batchnorm.statistics import recalibrate
@@ -91,6 +91,7 @@ class MnistTask:
         self.test_inputs, self.test_labels = data.inputs(data.test_images.to(device)), data.test_labels.to(device)
         self.inputs = data.inputs
         self.steps = options.steps
+        self.state: dict[str, Any] = {}
         self.evaluation_steps = evaluation_steps(options.steps)
         self.model = StackedMLP(
             seeds,
@@ -317,15 +318,3 @@ def steps_in_turn(task: MnistTask) -> dict[str, float]:
                 optimizer.step()
             seconds[name].append((time.perf_counter() - started) / steps)
     return {name: round(statistics.median(times) * 1e6, 1) for name, times in seconds.items()}
-
-
-def describe_timing(timing: Timing, steps: int, networks: int) -> dict[str, Any]:
-    """Per step of a stack in microseconds, one thread; what is not a step in seconds."""
-    per_step = {phase: round(getattr(timing, phase) / steps * 1e6, 1) for phase in PHASES}
-    return {
-        "networks": networks,
-        "steps_per_second": round(1e6 / sum(per_step.values()), 1),
-        "step_microseconds": per_step,
-        "evaluation_seconds": round(timing.evaluation, 2),
-        "checkpoint_seconds": round(timing.checkpoint, 2),
-    }

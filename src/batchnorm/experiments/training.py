@@ -1,7 +1,8 @@
 """The one training loop: steps, evaluations, atomic checkpoints, bit-exact resume.
 
 An experiment hands over a :class:`Task`. The loop leaves two files per task in the folder of the run: ``NAME.jsonl``,
-a row per evaluation, and ``NAME.checkpoint``, from which a killed run continues with the same bits.
+a row per evaluation, and ``NAME.checkpoint``, from which a killed run continues with the same bits. Under ``torchrun``
+every process runs the loop and the first one writes.
 """
 
 import io
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import RunError
+from batchnorm.experiments.distributed import Team
 from batchnorm.files import finite, write_atomic
 
 CHECKPOINT_SECONDS = 10.0
@@ -26,15 +28,17 @@ PHASES = ("batch", "forward", "backward", "optimizer")
 
 
 class Task(Protocol):
-    """What is trained. ``batch`` must depend on the step alone, so that a resumed run sees the same data.
+    """What is trained. ``batch`` must depend on its index alone, so that a resumed run sees the same data.
 
-    ``settings`` is a text of all that determines the numbers: a checkpoint made with others is refused.
+    ``settings`` is a text of all that determines the numbers: a checkpoint made with others is refused. ``state`` is
+    what a resumed run needs besides model, optimizer and torch's generators: plain values that the task changes.
     """
 
     name: str
     settings: str
     steps: int
     evaluation_steps: set[int]
+    state: dict[str, Any]
 
     @property
     def model(self) -> nn.Module:
@@ -46,8 +50,8 @@ class Task(Protocol):
         """Of the model's parameters; its state is kept too."""
         ...
 
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        """The data of a step, counted from 0."""
+    def batch(self, index: int) -> tuple[Tensor, ...]:
+        """The mini-batch of this index, counted from 0; a step takes one, or several where it accumulates."""
         ...
 
     @property
@@ -79,6 +83,11 @@ def train(
     task: Task,
     folder: Path,
     *,
+    learning_rate: Callable[[int], float] | None = None,
+    accumulate: int = 1,
+    team: Team | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    look_every: int | None = None,
     on_progress: Callable[[int], None] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Timing:
@@ -87,8 +96,13 @@ def train(
     Args:
         task: what to train.
         folder: where its metrics and checkpoints are kept.
-        on_progress: called with the number of finished steps, every 50 steps.
-        should_stop: asked as often; True saves a checkpoint and raises :class:`StoppedError`.
+        learning_rate: of a step, counted from 0; None leaves the optimizer's.
+        accumulate: mini-batches whose gradients are averaged for a step.
+        team: the processes that train together; None for this one alone.
+        on_row: called with every row of the metrics, once it is written.
+        look_every: how many steps pass between two calls of the next; 50 by default.
+        on_progress: called with the number of finished steps.
+        should_stop: asked as often; True in any process saves a checkpoint and raises :class:`StoppedError`.
 
     Returns:
         :class:`Timing`.
@@ -100,65 +114,83 @@ def train(
     """
     metrics_path = folder / f"{task.name}.jsonl"
     checkpoint_path = folder / f"{task.name}.checkpoint"
-    first, metrics_length, seconds = load_checkpoint(checkpoint_path, task)
+    team = team or Team(torch.device("cpu"))
+    look_every = look_every or LOOK_EVERY
+    first, metrics_length, seconds = load_checkpoint(checkpoint_path, task, team)
     clock = time.perf_counter
     saved_at = clock()
     model, optimizer = task.model, task.optimizer
     model.train()
-    with open_truncated(metrics_path, metrics_length) as metrics:
+    with open_truncated(metrics_path if team.is_first else Path(os.devnull), metrics_length) as metrics:
         if first == task.steps:
             return Timing(*seconds)
 
         def evaluate(step: int) -> None:
             started = clock()
             model.eval()
-            for row in task.evaluate(step):
-                metrics.write(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
+            for row in map(finite, task.evaluate(step)):
+                metrics.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+                if team.is_first:
+                    on_row(row)
             model.train()
             seconds[4] += clock() - started
 
         def save(step: int) -> None:
             nonlocal saved_at
             started = clock()
-            metrics.flush()
-            os.fsync(metrics.fileno())
-            save_checkpoint(checkpoint_path, task, step, metrics.tell(), seconds)
+            generators = team.gather(generator_states(team.device))
+            if team.is_first:
+                metrics.flush()
+                os.fsync(metrics.fileno())
+                save_checkpoint(checkpoint_path, task, step, metrics.tell(), seconds, generators)
             saved_at = clock()
             seconds[5] += saved_at - started
 
         if first == 0 and 0 in task.evaluation_steps:
             evaluate(0)
         for step in range(first, task.steps):
-            t0 = clock()
-            batch = task.batch(step)
-            t1 = clock()
-            loss = task.loss(*batch)
-            t2 = clock()
+            if learning_rate is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step)
             optimizer.zero_grad()
-            loss.backward()
-            t3 = clock()
+            for part in range(accumulate):
+                t0 = clock()
+                batch = task.batch(step * accumulate + part)
+                t1 = clock()
+                with team.accumulating(part == accumulate - 1):
+                    loss = task.loss(*batch)
+                    t2 = clock()
+                    (loss if accumulate == 1 else loss / accumulate).backward()
+                t3 = clock()
+                seconds[0] += t1 - t0
+                seconds[1] += t2 - t1
+                seconds[2] += t3 - t2
             optimizer.step()
-            t4 = clock()
-            seconds[0] += t1 - t0
-            seconds[1] += t2 - t1
-            seconds[2] += t3 - t2
-            seconds[3] += t4 - t3
+            seconds[3] += clock() - t3  # pyright: ignore[reportPossiblyUnboundVariable]
             done = step + 1
             if done in task.evaluation_steps:
                 evaluate(done)
-            if done % LOOK_EVERY == 0:
+            if done % look_every == 0:
                 on_progress(done)
-                if should_stop():
+                if team.any(should_stop()):
                     save(done)
                     raise StoppedError
-                if clock() - saved_at > CHECKPOINT_SECONDS:
+                if team.any(clock() - saved_at > CHECKPOINT_SECONDS):
                     save(done)
         save(task.steps)
     on_progress(task.steps)
     return Timing(*seconds)
 
 
-def save_checkpoint(path: Path, task: Task, step: int, metrics_length: int, seconds: list[float]) -> None:
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that dropout and the like draw from; data has generators of its own."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def save_checkpoint(
+    path: Path, task: Task, step: int, metrics_length: int, seconds: list[float], generators: list[dict[str, Tensor]]
+) -> None:
     """Everything that the next step depends on, in one file that is whole or absent."""
     buffer = io.BytesIO()
     state = {
@@ -169,25 +201,30 @@ def save_checkpoint(path: Path, task: Task, step: int, metrics_length: int, seco
         "seconds": list(seconds),
         "model": task.model.state_dict(),
         "optimizer": task.optimizer.state_dict(),
-        "generator": torch.get_rng_state(),
+        "state": task.state,
+        "generators": generators,
     }
     torch.save(state, buffer)
     write_atomic(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, task: Task) -> tuple[int, int, list[float]]:
+def load_checkpoint(path: Path, task: Task, team: Team) -> tuple[int, int, list[float]]:
     """Restore a task; the number of finished steps, the length of its metrics then, and the seconds so far."""
     if not path.exists():
         return 0, 0, list(Timing())
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         if state["task"] != task.name:
             raise RunError(f"{path}: a checkpoint of task {state['task']!r}, expected {task.name!r}")
         if state["settings"] != task.settings:
             raise RunError(f"{path}: made with other settings than {task.settings}; start over with --force")
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["generator"])
+        task.state.update(state["state"])
+        generators = state["generators"][team.rank]
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"], team.device)
         return state["step"], state["metrics_length"], state["seconds"]
     except RunError:
         raise
@@ -199,6 +236,8 @@ def load_checkpoint(path: Path, task: Task) -> tuple[int, int, list[float]]:
 def open_truncated(path: Path, length: int) -> io.BufferedRandom:
     """Open for appending after ``length`` bytes: what a killed run wrote after its checkpoint comes again."""
     file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+    if path == Path(os.devnull):
+        return file
     if os.fstat(file.fileno()).st_size < length:
         file.close()
         raise RunError(f"{path}: shorter than the {length} bytes its checkpoint knows of; start over with --force")
@@ -212,3 +251,15 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path) as file:
         for line in file:
             yield json.loads(line)
+
+
+def describe_timing(timing: Timing, steps: int, networks: int) -> dict[str, Any]:
+    """Per step of so many networks at once in microseconds; what is not a step in seconds."""
+    per_step = {phase: round(getattr(timing, phase) / steps * 1e6, 1) for phase in PHASES}
+    return {
+        "networks": networks,
+        "steps_per_second": round(1e6 / sum(per_step.values()), 1),
+        "step_microseconds": per_step,
+        "evaluation_seconds": round(timing.evaluation, 2),
+        "checkpoint_seconds": round(timing.checkpoint, 2),
+    }
