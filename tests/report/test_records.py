@@ -134,7 +134,7 @@ def test_diverged_numbers_become_nan_or_none(tmp_path: Path) -> None:
     rows[3]["test_accuracy"] = None
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = load_run(folder)
-    assert math.isnan(run.evaluations[3].test_accuracy)
+    assert math.isnan(run.evaluations[3].accuracy)
     assert [run.claims[0][name] for name in ("mean", "low", "high")] == [None, None, None]
 
 
@@ -160,3 +160,14 @@ def test_unreadable_record_says_why(run_folder: Path) -> None:
         RunError, match=r"config\.json: Is a directory; expected a readable file; check its permissions"
     ):
         load_run(run_folder)
+
+
+@pytest.mark.parametrize("name", ["other", "<b>\x1b[2J" * 100, ""])
+def test_unknown_experiment_is_named(run_folder: Path, name: str) -> None:
+    change(run_folder, "config.json", experiment=name)
+    with pytest.raises(
+        RunError, match=r"config\.json: 'experiment' is .*; expected mnist.*; use the version"
+    ) as raised:
+        load_run(run_folder)
+    assert "\x1b" not in str(raised.value)
+    assert len(str(raised.value)) < 500

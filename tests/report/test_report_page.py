@@ -141,13 +141,6 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     assert "\x1b" not in (tmp_path / "hostile/report.html").read_text()
 
 
-def test_hostile_experiment_name_stays_text(run_folder: Path) -> None:
-    config = json.loads((run_folder / "config.json").read_text()) | {"experiment": HOSTILE}
-    (run_folder / "config.json").write_text(json.dumps(config))
-    found = outline(run_folder)
-    assert (found.count("img"), found.count("title")) == (0, 1)
-
-
 def test_huge_records_keep_the_page_small(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "run",

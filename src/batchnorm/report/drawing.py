@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 POINTS_PER_INCH = 72
 PNG_DPI = 200
-# Blue and vermilion of Okabe and Ito: told apart with every common colour blindness, and in grey.
-COLORS = {"plain": "#d55e00", "bn": "#0072b2"}
-LINE_STYLES: dict[str, Any] = {"plain": (0, (4, 1.6)), "bn": "solid"}
 INK, MUTED, GRID = "#1f2328", "#59636e", "#e6e8eb"
 LEFT, BOTTOM, TOP = 0.52, 0.50, 0.42  # inches around the axes: tick labels, step axis, title
 STYLE: dict[Any, Any] = {
@@ -52,12 +49,16 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel, as numbers for the reader: ``values`` against the panel's ``positions``."""
+    """One line of a panel, as numbers for the reader: ``values`` against the panel's ``positions``.
+
+    ``dashes`` are those of its line where color alone would not tell the lines apart.
+    """
 
     name: str
     color: str
     values: Sequence[float]
     text: Sequence[str]
+    dashes: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)

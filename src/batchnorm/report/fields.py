@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from batchnorm.errors import RunError
 from batchnorm.report.text import clean
@@ -15,6 +15,7 @@ NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 LARGEST_COUNT = 2**53
 OPTIONAL_TEXT = (str, type(None))
+T = TypeVar("T")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -84,8 +85,37 @@ def fraction(record: dict[str, Any], name: str, path: Path, where: str = "") -> 
     return value
 
 
+def optional(
+    read: Callable[[dict[str, Any], str, Path, str], T], record: dict[str, Any], name: str, path: Path, where: str = ""
+) -> T | None:
+    """A field that may be null, but not absent, read by one of the functions above."""
+    return None if name in record and record[name] is None else read(record, name, path, where)
+
+
 def items(record: dict[str, Any], name: str, path: Path, where: str = "") -> Sequence[Any]:
     return field(record, name, list, path, where)
+
+
+def objects(record: dict[str, Any], name: str, path: Path, where: str = "") -> list[dict[str, Any]]:
+    """A list of objects."""
+    found = items(record, name, path, where)
+    for i, item in enumerate(found):
+        if not isinstance(item, dict):
+            raise broken(path, f"{where}'{name}' has {clean(item, 40)} in place {i}", "objects")
+    return list(found)
+
+
+def texts(record: dict[str, Any], name: str, path: Path, where: str = "") -> list[str]:
+    """A list of texts."""
+    found = items(record, name, path, where)
+    for item in found:
+        if not isinstance(item, str):
+            raise broken(path, f"{where}'{name}' has {clean(item, 40)}", "texts")
+    return list(found)
+
+
+def text(record: dict[str, Any], name: str, path: Path, where: str = "") -> str:
+    return field(record, name, str, path, where)
 
 
 def one_of(record: dict[str, Any], name: str, allowed: tuple[str, ...], path: Path, where: str = "") -> str:

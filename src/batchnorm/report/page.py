@@ -1,37 +1,34 @@
-"""One offline page per run: verdict, claims, figure, accuracies, costs, settings."""
+"""One offline page per run: verdict, claims, what the experiment shows, settings."""
 
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from batchnorm.report.contents import Contents
 from batchnorm.report.drawing import Drawing
 from batchnorm.report.records import Claim, Run
-from batchnorm.report.sweep import heat_table
-from batchnorm.report.tables import final_accuracies, selected_values, step_costs
-from batchnorm.report.text import NOTHING, clean, number
+from batchnorm.report.text import NOTHING, clean, joined, number
 from batchnorm.report.verdict import SYMBOLS, measured, paper_number, summary
 
 HERE = Path(__file__).parent
-TITLES = {"mnist": "MNIST with and without batch normalization"}
-SOURCES = {"mnist": "Ioffe & Szegedy 2015, section 4.1"}
 KINDS = {"reproduced": "good", "not reproduced": "bad", "not comparable": "open"}
 SENTENCES = {"reproduced": "Reproduced.", "not reproduced": "Not reproduced.", "not comparable": "Not comparable."}
 LONG_LIMIT = 1000
 ROWS_LIMIT = 100
 
 
-def render_page(run: Run, drawing: Drawing) -> bytes:
+def render_page(run: Run, contents: Contents) -> bytes:
     """The page of a run. It depends on its arguments alone and asks the network for nothing.
 
     Args:
         run: records as :func:`~batchnorm.report.load_run` gives them.
-        drawing: Figure 1 or the sweep, drawn from the same run.
+        contents: what the experiment shows of them.
 
     Returns:
         HTML in UTF-8.
@@ -41,29 +38,24 @@ def render_page(run: Run, drawing: Drawing) -> bytes:
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("page.html").render(
-        title=title(run),
-        source=SOURCES.get(run.experiment, ""),
+        title=contents.title,
+        source=contents.source,
         verdict=overall(run),
+        banner=contents.banner,
         facts=facts(run),
         claims=[claim_row(claim) for claim in run.claims[:ROWS_LIMIT]],
-        figure=figure(drawing, not run.points),
-        heat=heat_table(run) if run.points else None,
-        finals=None if run.points else final_accuracies(run),
-        timing=step_costs(run),
+        sections=contents.sections,
         notes=[clean(note, LONG_LIMIT) for note in run.notes[:ROWS_LIMIT]],
         options=field_rows(run.options),
         environment=field_rows(flat(run.environment)),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        records=contents.records,
+        files=files(contents.drawings),
+        style=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in contents.styles)),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=script_data(drawing),
+        data=script_data(contents.drawings),
     )
     return page.encode("utf-8", "backslashreplace")
-
-
-def title(run: Run) -> str:
-    name = TITLES.get(run.experiment, clean(run.experiment, 80))
-    return f"{name}: the sweep" if run.points else name
 
 
 def overall(run: Run) -> dict[str, str]:
@@ -106,25 +98,9 @@ def claim_row(claim: Claim) -> dict[str, str]:
     }
 
 
-def figure(drawing: Drawing, steps: bool) -> dict[str, Any]:
-    """The panels as the template wants them, each with the values at its right end."""
-    panels = []
-    for drawn in drawing.panels:
-        panel = drawn.panel
-        readings = [{"name": curve.name, "color": curve.color, "text": curve.text[-1]} for curve in panel.curves]
-        shown = {"id": f"panel-{panel.name}", "svg": Markup(drawn.svg), "description": panel.description}
-        shown["inches"] = panel.width
-        panels.append(shown | {"at": panel.labels[-1], "readings": readings})
-    row = drawing.panels[: drawing.columns]
-    return {
-        "name": drawing.name,
-        "heading": "Figure 1" if steps else "Accuracy over learning rate",
-        "axis": "step" if steps else "learning rate",
-        "columns": " ".join(f"minmax(0, {drawn.panel.width:g}fr)" for drawn in row),
-        "panels": panels,
-        "caption": drawing.caption,
-        "table": selected_values(drawing) if steps else None,
-    }
+def files(drawings: Sequence[Drawing]) -> str:
+    names = joined([f"{drawing.name}.{kind}" for drawing in drawings for kind in ("svg", "png")])
+    return f"The figure is also in {names}." if len(drawings) == 1 else f"The figures are also in {names}."
 
 
 def field_rows(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -148,7 +124,7 @@ def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {f"{name} (package)": version for name, version in installed.items() if version is not None}
 
 
-def script_data(drawing: Drawing) -> Markup:
+def script_data(drawings: Sequence[Drawing]) -> Markup:
     """What the script needs of every panel, as JSON that cannot end its own element."""
     panels = [
         {
@@ -161,6 +137,7 @@ def script_data(drawing: Drawing) -> Markup:
                 for curve, y in zip(drawn.panel.curves, drawn.y, strict=True)
             ],
         }
+        for drawing in drawings
         for drawn in drawing.panels
     ]
     text = json.dumps(panels, allow_nan=False, separators=(",", ":"))

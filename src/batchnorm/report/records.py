@@ -1,5 +1,6 @@
-"""The records of a finished run, read and checked: what is drawn is drawn from these and from nothing else."""
+"""What the records of every finished run have in common, read and checked: nothing else is drawn."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,7 +13,6 @@ from batchnorm.report.fields import (
     count,
     field,
     finite,
-    fraction,
     items,
     one_of,
     optional_real,
@@ -20,7 +20,6 @@ from batchnorm.report.fields import (
     read_record,
     real,
 )
-from batchnorm.report.metrics import ARMS, Evaluation, read_evaluations
 from batchnorm.report.text import clean
 
 PHASES = ("batch", "forward", "backward", "optimizer")
@@ -58,71 +57,64 @@ class ArmTiming:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Final test accuracy of both arms at one point of a sweep."""
-
-    learning_rate: float
-    init_std: float
-    arms: dict[str, dict[str, float]]  # by arm: mean, low, high
-
-
-@dataclass(frozen=True)
 class Run:
-    """A finished run. ``points`` and ``best`` are empty unless it is a sweep; only Figure 1 needs ``unit_drawn``."""
+    """What every finished run has. ``names`` are the arms as a reader sees them, in the order of the report."""
 
     folder: Path
     experiment: str
     options: dict[str, Any]
     notes: list[str]
     environment: dict[str, Any]
-    evaluations: list[Evaluation]
     verdict: str
-    unit_drawn: int | None
     claims: list[Claim]
     training_seconds: float
     timing: list[ArmTiming]
-    points: list[Point]
-    best: dict[str, tuple[float, float]]  # by arm: learning rate, init std
+    names: dict[str, str]
 
 
-def load_run(folder: str | Path) -> Run:
-    """Read the records of a finished run.
+@dataclass(frozen=True)
+class Records:
+    """The JSON objects in the folder of a run. Each file is there and is an object; its fields are still unchecked."""
 
-    Args:
-        folder: holds config.json, environment.json, metrics.jsonl, claims.json, timing.json; a sweep also sweep.json.
+    folder: Path
+    config: dict[str, Any]
+    claims: dict[str, Any]
+    environment: dict[str, Any]
+    timing: dict[str, Any]
 
-    Returns:
-        :class:`Run`.
+
+def read_records(folder: str | Path) -> Records:
+    """The files that every run leaves.
 
     Raises:
-        RunError: a record is missing, is not JSON, or has unexpected contents. One line says which, and what to do.
-
-    Example:
-        >>> load_run("no-such-folder")
-        Traceback (most recent call last):
-        batchnorm.errors.RunError: no-such-folder: not a folder; expected the folder of a finished run
+        RunError: one is missing, is not JSON, or has another schema version.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{clean(str(folder))}: not a folder; expected the folder of a finished run")
-    config, claims = read_record(folder / "config.json"), read_record(folder / "claims.json")
-    timing = read_object(folder / "timing.json")
-    sweep = read_record(folder / "sweep.json") if (folder / "sweep.json").exists() else None
-    unit = field(claims, "unit_drawn", (int, type(None)), folder / "claims.json") if "unit_drawn" in claims else None
-    return Run(
+    return Records(
         folder=folder,
-        experiment=field(config, "experiment", str, folder / "config.json"),
-        options=field(config, "options", dict, folder / "config.json"),
-        notes=[clean(note, 2000) for note in items(config, "notes", folder / "config.json")],
+        config=read_record(folder / "config.json"),
+        claims=read_record(folder / "claims.json"),
         environment=read_object(folder / "environment.json"),
-        evaluations=read_evaluations(folder / "metrics.jsonl", unit, sweep is not None),
-        verdict=one_of(claims, "verdict", VERDICTS, folder / "claims.json"),
-        unit_drawn=unit,
-        claims=[read_claim(claim, folder / "claims.json") for claim in items(claims, "claims", folder / "claims.json")],
-        training_seconds=finite(timing, "training_seconds", folder / "timing.json"),
-        timing=read_timing(timing, folder / "timing.json"),
-        points=read_points(sweep, folder / "sweep.json") if sweep else [],
-        best=read_best(sweep, folder / "sweep.json") if sweep else {},
+        timing=read_object(folder / "timing.json"),
+    )
+
+
+def read_run(records: Records, names: Mapping[str, str]) -> Run:
+    """The fields that every run has, for arms with these names."""
+    config, claims, timing = (records.folder / name for name in ("config.json", "claims.json", "timing.json"))
+    return Run(
+        folder=records.folder,
+        experiment=field(records.config, "experiment", str, config),
+        options=field(records.config, "options", dict, config),
+        notes=[clean(note, 2000) for note in items(records.config, "notes", config)],
+        environment=records.environment,
+        verdict=one_of(records.claims, "verdict", VERDICTS, claims),
+        claims=[read_claim(claim, claims) for claim in items(records.claims, "claims", claims)],
+        training_seconds=finite(records.timing, "training_seconds", timing),
+        timing=read_timing(records.timing, names, timing),
+        names=dict(names),
     )
 
 
@@ -146,14 +138,16 @@ def read_claim(record: object, path: Path) -> Claim:
     )
 
 
-def read_timing(record: dict[str, Any], path: Path) -> list[ArmTiming]:
+def read_timing(record: dict[str, Any], names: Mapping[str, str], path: Path) -> list[ArmTiming]:
     arms = field(record, "arms", dict, path)
     timing = []
-    for arm in ARMS:
+    for arm in names:
         if arm not in arms:
             continue
-        where = f"arm {arm}: "
-        entry = field(arms, arm, dict, path)
+        where = f"arm {clean(arm, 60)}: "
+        entry = arms[arm]
+        if not isinstance(entry, dict):
+            raise broken(path, f"{where}{clean(entry, 40)}", "an object")
         phases = field(entry, "step_microseconds", dict, path, where)
         timing.append(
             ArmTiming(
@@ -170,41 +164,8 @@ def read_timing(record: dict[str, Any], path: Path) -> list[ArmTiming]:
 
 
 def read_in_turn(entry: dict[str, Any], path: Path, where: str) -> dict[str, float] | None:
-    """Records of earlier versions have no such comparison, nor has an arm without BN."""
+    """Only the arms with BN of some experiments have such a comparison."""
     if "step_in_turn_microseconds" not in entry:
         return None
     times = field(entry, "step_in_turn_microseconds", dict, path, where)
     return {layers: finite(times, layers, path, where) for layers in ("torch", "fused")}
-
-
-def read_points(record: dict[str, Any], path: Path) -> list[Point]:
-    points = []
-    for i, entry in enumerate(items(record, "points", path)):
-        where = f"point {i}: "
-        if not isinstance(entry, dict):
-            raise broken(path, f"{where}not an object", "objects in 'points'")
-        arms = field(entry, "arms", dict, path, where)
-        found = {arm: field(arms, arm, dict, path, where) for arm in ARMS if arm in arms}
-        rate = finite(entry, "learning_rate", path, where)
-        if rate <= 0:
-            raise broken(path, f"{where}learning_rate is {rate}", "a number above 0")
-        accuracies = {
-            arm: {key: fraction(value, key, path, where) for key in ("mean", "low", "high")}
-            for arm, value in found.items()
-        }
-        points.append(Point(rate, finite(entry, "init_std", path, where), accuracies))
-    if not points:
-        raise broken(path, "no points", "at least one")
-    return points
-
-
-def read_best(record: dict[str, Any], path: Path) -> dict[str, tuple[float, float]]:
-    best = field(record, "best", dict, path)
-    found = {arm: field(best, arm, dict, path, "best: ") for arm in ARMS if arm in best}
-    return {
-        arm: (
-            finite(point, "learning_rate", path, f"best {arm}: "),
-            finite(point, "init_std", path, f"best {arm}: "),
-        )
-        for arm, point in found.items()
-    }

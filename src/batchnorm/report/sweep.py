@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchnorm.report.drawing import COLORS, INK, LINE_STYLES, Curve, Drawing, Panel, draw
-from batchnorm.report.metrics import ARMS
-from batchnorm.report.records import Run
+from batchnorm.report.drawing import INK, Curve, Drawing, Panel, draw
+from batchnorm.report.looks import looks
+from batchnorm.report.mnist_records import ARMS, MnistRun
 from batchnorm.report.text import joined, number, percent, sentence
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ HEIGHT = 2.9  # inches
 COLUMNS = 3
 RATE_TICKS = 6
 ACCURACY_TICKS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-MARKERS = {"plain": ("s", "white"), "bn": ("o", COLORS["bn"])}
+LOOKS = looks(ARMS)
+MARKERS = {"plain": ("s", "white"), "bn": ("o", LOOKS["bn"].color)}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class HeatTable:
     rows: list[tuple[str, str, list[Cell | None]]]
 
 
-def draw_sweep(run: Run) -> Drawing:
+def draw_sweep(run: MnistRun) -> Drawing:
     """Draw accuracy over learning rate, one panel per initial scale, both arms in each.
 
     Args:
@@ -58,14 +59,14 @@ def draw_sweep(run: Run) -> Drawing:
     return draw("sweep", panels, HEIGHT, caption, min(COLUMNS, len(panels)))
 
 
-def std_panel(run: Run, index: int, std: float) -> Panel:
+def std_panel(run: MnistRun, index: int, std: float) -> Panel:
     points = sorted((point for point in run.points if point.init_std == std), key=lambda point: point.learning_rate)
     rates = [point.learning_rate for point in points]
     arms = {arm: [point.arms.get(arm) for point in points] for arm in reversed(ARMS)}
     curves = []
     for arm, results in arms.items():
         values = [math.nan if result is None else -log_error(result["mean"]) for result in results]
-        curves.append(Curve(ARMS[arm], COLORS[arm], values, [accuracy_text(result) for result in results]))
+        curves.append(Curve(ARMS[arm], LOOKS[arm].color, values, [accuracy_text(result) for result in results]))
     spread = rate_limits(run)
 
     def draw_on(axes: "Axes") -> None:
@@ -90,19 +91,18 @@ def draw_arm(axes: "Axes", arm: str, results: list[tuple[float, dict[str, float]
     axes.plot(
         rates,
         means,
-        color=COLORS[arm],
-        linestyle=LINE_STYLES[arm],
         linewidth=1.5,
         markersize=4.5,
         label=sentence(ARMS[arm]),
         marker=marker,
         markerfacecolor=inside,
+        **LOOKS[arm].line,
     )
     for rate, result in results:
         axes.plot(
             [rate, rate],
             [-log_error(result["low"]), -log_error(result["high"])],
-            color=COLORS[arm],
+            color=LOOKS[arm].color,
             linewidth=1.0,
             zorder=1.9,
         )
@@ -118,13 +118,13 @@ def rate_axis(axes: "Axes", rates: list[float], spread: tuple[float, float]) -> 
     axes.set_xlabel("learning rate", labelpad=3)
 
 
-def rate_limits(run: Run) -> tuple[float, float]:
+def rate_limits(run: MnistRun) -> tuple[float, float]:
     rates = [point.learning_rate for point in run.points]
     margin = max(1.3, (max(rates) / min(rates)) ** 0.06)
     return min(rates) / margin, max(rates) * margin
 
 
-def accuracy_axis(axes: "Axes", run: Run) -> None:
+def accuracy_axis(axes: "Axes", run: MnistRun) -> None:
     """One scale for all panels that hides nothing; spaced by the error, so that high accuracies do not crowd."""
     values = [value for point in run.points for result in point.arms.values() for value in result.values()]
     places = [-log_error(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
@@ -135,7 +135,7 @@ def accuracy_axis(axes: "Axes", run: Run) -> None:
     axes.set_yticks([-log_error(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
 
 
-def heat_table(run: Run) -> HeatTable:
+def heat_table(run: MnistRun) -> HeatTable:
     """The accuracies of a sweep, both arms at every point, with the best point of each arm marked."""
     rates = sorted({point.learning_rate for point in run.points})
     results = {

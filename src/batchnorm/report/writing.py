@@ -3,10 +3,8 @@
 from pathlib import Path
 
 from batchnorm.files import write_atomic
-from batchnorm.report.figure1 import draw_figure1
+from batchnorm.report.experiments import contents_of, load_run
 from batchnorm.report.page import render_page
-from batchnorm.report.records import load_run
-from batchnorm.report.sweep import draw_sweep
 
 
 def write_report(folder: str | Path) -> list[Path]:
@@ -16,7 +14,7 @@ def write_report(folder: str | Path) -> list[Path]:
         folder: of a finished run, see :func:`load_run`.
 
     Returns:
-        What was written: figure1.svg, figure1.png and report.html; for a sweep sweep.svg, sweep.png and report.html.
+        What was written: every figure as NAME.svg and NAME.png, then report.html.
 
     Raises:
         RunError: a record is missing or has unexpected contents.
@@ -29,9 +27,12 @@ def write_report(folder: str | Path) -> list[Path]:
         batchnorm.errors.RunError: no-such-folder: not a folder; expected the folder of a finished run
     """
     run = load_run(folder)
-    drawing = draw_sweep(run) if run.points else draw_figure1(run)
-    page = render_page(run, drawing)
-    files = {f"{drawing.name}.svg": drawing.svg, f"{drawing.name}.png": drawing.png, "report.html": page}
+    contents = contents_of(run)
+    page = render_page(run, contents)
+    files: dict[str, bytes] = {}
+    for drawing in contents.drawings:
+        files |= {f"{drawing.name}.svg": drawing.svg, f"{drawing.name}.png": drawing.png}
+    files["report.html"] = page
     for name, data in files.items():
         write_atomic(run.folder / name, data)
     return [run.folder / name for name in files]
