@@ -22,7 +22,6 @@ class TinyTask:
         self.name, self.steps = name, steps
         self.settings = f"{optimizer}, {steps} steps"
         self.evaluation_steps = {*range(0, steps, every), steps}
-        self.state: dict[str, Any] = {}
         self.model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.loss_scale = 1.0
@@ -33,6 +32,12 @@ class TinyTask:
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return (self.model(x) - y).square().mean() * self.loss_scale
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing but model and optimizer changes."""
 
     @torch.no_grad()
     def evaluate(self, step: int) -> list[dict[str, Any]]:

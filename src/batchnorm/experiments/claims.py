@@ -76,8 +76,13 @@ def judge(
     mean, low, high = interval(values)
     if low is None or high is None:
         return mean, low, high, NOT_COMPARABLE
+    return mean, low, high, verdict_of(low, high, above=above, below=below)
+
+
+def verdict_of(low: float, high: float, *, above: float | None = None, below: float | None = None) -> str:
+    """Whether a whole interval lies above, or below, a bound."""
     holds = low > above if above is not None else below is not None and high < below
-    return mean, low, high, REPRODUCED if holds else NOT_REPRODUCED
+    return REPRODUCED if holds else NOT_REPRODUCED
 
 
 def overall(claims: list[Claim]) -> str:

@@ -6,6 +6,7 @@ normalization stays per replica, as in the paper; the running statistics are tho
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -66,6 +67,11 @@ class Team:
         dist.all_gather_object(values, value)
         return values
 
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the running statistics of the first."""
         if self.world_size > 1:
@@ -94,8 +100,9 @@ def join_team(device: str = "cpu", timeout: float = TIMEOUT_SECONDS) -> Iterator
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    team = Team(chosen, dist.get_rank(), world_size)
     try:
-        yield Team(chosen, dist.get_rank(), world_size)
+        yield team
     # gloo raises a plain RuntimeError when a connection breaks
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or not is_about_others(error):
@@ -105,7 +112,11 @@ def join_team(device: str = "cpu", timeout: float = TIMEOUT_SECONDS) -> Iterator
             f"({' '.join(str(error).split())[:120]}); see its message, and continue with --resume"
         ) from error
     finally:
+        # A replica that outlives the group keeps its threads, and their end at that of the process is an abort
+        team.replica = None
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def is_about_others(error: Exception) -> bool:

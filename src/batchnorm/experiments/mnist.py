@@ -91,7 +91,6 @@ class MnistTask:
         self.test_inputs, self.test_labels = data.inputs(data.test_images.to(device)), data.test_labels.to(device)
         self.inputs = data.inputs
         self.steps = options.steps
-        self.state: dict[str, Any] = {}
         self.evaluation_steps = evaluation_steps(options.steps)
         self.model = StackedMLP(
             seeds,
@@ -154,6 +153,12 @@ class MnistTask:
             for row, value in zip(rows, self.population_accuracy(), strict=True):
                 row["test_accuracy_population"] = value
         return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing but model and optimizer changes."""
 
     def population_accuracy(self) -> list[float]:
         """Test accuracy after Algorithm 2: statistics averaged over an epoch of training batches, weights frozen."""

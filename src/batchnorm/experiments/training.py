@@ -30,15 +30,13 @@ PHASES = ("batch", "forward", "backward", "optimizer")
 class Task(Protocol):
     """What is trained. ``batch`` must depend on its index alone, so that a resumed run sees the same data.
 
-    ``settings`` is a text of all that determines the numbers: a checkpoint made with others is refused. ``state`` is
-    what a resumed run needs besides model, optimizer and torch's generators: plain values that the task changes.
+    ``settings`` is a text of all that determines the numbers: a checkpoint made with others is refused.
     """
 
     name: str
     settings: str
     steps: int
     evaluation_steps: set[int]
-    state: dict[str, Any]
 
     @property
     def model(self) -> nn.Module:
@@ -61,6 +59,14 @@ class Task(Protocol):
 
     def evaluate(self, step: int) -> list[dict[str, Any]]:
         """Rows for the metrics after so many steps."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides model, optimizer and torch's generators: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
         ...
 
 
@@ -143,6 +149,8 @@ def train(
                 metrics.flush()
                 os.fsync(metrics.fileno())
                 save_checkpoint(checkpoint_path, task, step, metrics.tell(), seconds, generators)
+            # nobody goes on, or ends, before the checkpoint is there
+            team.wait()
             saved_at = clock()
             seconds[5] += saved_at - started
 
@@ -201,7 +209,7 @@ def save_checkpoint(
         "seconds": list(seconds),
         "model": task.model.state_dict(),
         "optimizer": task.optimizer.state_dict(),
-        "state": task.state,
+        "state": task.state_dict(),
         "generators": generators,
     }
     torch.save(state, buffer)
@@ -220,7 +228,7 @@ def load_checkpoint(path: Path, task: Task, team: Team) -> tuple[int, int, list[
             raise RunError(f"{path}: made with other settings than {task.settings}; start over with --force")
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
-        task.state.update(state["state"])
+        task.load_state_dict(state["state"])
         generators = state["generators"][team.rank]
         torch.set_rng_state(generators["cpu"])
         if "cuda" in generators:
