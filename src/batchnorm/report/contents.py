@@ -1,5 +1,6 @@
 """What the page of a run shows: plain data between the experiments, which fill it, and the page, which renders it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from batchnorm.report.drawing import Drawing
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a file of sections/ and what it shows; None leaves the part out."""
+    """A part of the page: a file of templates/ and what it shows; None leaves the part out."""
 
     template: str
     content: Any
@@ -81,15 +82,11 @@ class Table:
     label: str = ""
 
     @property
-    def groups(self) -> list[tuple[str, int]]:
-        """The common heads and how many columns each spans, from the left; empty where there are none."""
-        spans: list[tuple[str, int]] = []
-        for column in self.columns[1:]:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = column.group, spans[-1][1] + 1
-            else:
-                spans.append((column.group, 1))
-        return spans if any(name for name, _ in spans) else []
+    def groups(self) -> list[tuple[str, list[Column]]]:
+        """Neighbours under their common head, from the left; empty if no column has one."""
+        if not any(column.group for column in self.columns):
+            return []
+        return [(name, list(columns)) for name, columns in itertools.groupby(self.columns, lambda each: each.group)]
 
     def section(self) -> Section:
         return Section("table.html", self)

@@ -8,7 +8,7 @@ import numpy as np
 
 from batchnorm.report.looks import Look
 from batchnorm.report.metrics import Evaluation
-from batchnorm.report.text import number, percent
+from batchnorm.report.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,16 +98,6 @@ def accuracy_floor(curves: Curves, floors: Sequence[float]) -> float:
         if all(np.mean(mean > floor) > 0.6 for mean in finite if len(mean)):
             return floor
     return 0.0
-
-
-def clipped(curves: Curves, arm: str, name: str, floor: float) -> str:
-    """The evaluations of an arm that lie below the axis, in words; empty if there are none."""
-    lowest = curves.accuracy[arm].min(0)
-    below = [i for i, value in enumerate(lowest) if value < floor]
-    if not below:
-        return ""
-    until = f"the last at step {number(curves.steps[below[-1]])}, the lowest {percent(float(lowest[below].min()))}"
-    return f"{len(below)} of {len(curves.evaluated[arm])} evaluations {name} ({until})"
 
 
 def accuracy_text(column: np.ndarray) -> str:

@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from batchnorm.errors import RunError
-from batchnorm.report.curves import (
-    Curves,
-    accuracy_floor,
-    accuracy_text,
-    clipped,
-    draw_curves,
-    gather,
-    step_axis,
-)
+from batchnorm.report.curves import Curves, accuracy_floor, accuracy_text, draw_curves, gather, step_axis
 from batchnorm.report.drawing import MUTED, Curve, Drawing, Panel, draw
 from batchnorm.report.fields import real
 from batchnorm.report.looks import looks
@@ -160,7 +152,7 @@ def caption(curves: Curves, percentiles: Percentiles, floor: float, unit: int) -
     """What the curves are, and how much lies where the axes do not reach."""
     seeds = curves.seeds
     mean = f"mean of {seeds} seeds; the band runs from the lowest to the highest" if seeds > 1 else "one seed"
-    below = [clipped(curves, arm, ARMS[arm], floor) for arm in curves.accuracy]
+    below = [clipped(curves, arm, floor) for arm in curves.accuracy]
     cut = joined([text for text in below if text]) if any(below) else ""
     hidden = f" The axis begins at {floor:g}; below it lie {cut}." if cut else ""
     panels = joined([f"({PANEL_OF_ARM[arm]})" for arm in percentiles.by_arm])
@@ -168,3 +160,13 @@ def caption(curves: Curves, percentiles: Percentiles, floor: float, unit: int) -
         f"(a) Accuracy on the test set during training, {mean}.{hidden} {panels} What one sigmoid of the last hidden "
         f"layer receives (unit {unit}, seed {percentiles.seed}): 15th, 50th and 85th percentile over test images."
     )
+
+
+def clipped(curves: Curves, arm: str, floor: float) -> str:
+    """The evaluations of an arm that lie below the axis, in words; empty if there are none."""
+    lowest = curves.accuracy[arm].min(0)
+    below = [i for i, value in enumerate(lowest) if value < floor]
+    if not below:
+        return ""
+    until = f"the last at step {number(curves.steps[below[-1]])}, the lowest {percent(float(lowest[below].min()))}"
+    return f"{len(below)} of {len(curves.evaluated[arm])} evaluations {ARMS[arm]} ({until})"

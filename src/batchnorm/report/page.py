@@ -74,7 +74,9 @@ def facts(run: Run) -> str:
     for name, template in (("steps", "{} steps"), ("batch_size", "{} examples per step")):
         if isinstance(options.get(name), int):
             parts.append(template.format(number(options[name])))
-    if isinstance(options.get("seeds"), list):
+    if isinstance(options.get("networks"), int):
+        parts.append(f"{number(options['networks'])} networks")
+    elif isinstance(options.get("seeds"), list):
         parts.append(f"{len(options['seeds'])} seeds" if len(options["seeds"]) != 1 else "one seed")
     parts.append(f"trained in {number(run.training_seconds)} s")
     if run.environment.get("cpu"):
@@ -112,7 +114,7 @@ def field_rows(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
 def shown(value: Any) -> str:
     """A list of plain values as words, anything else as it would stand in JSON."""
     if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-        return clean(", ".join(item if isinstance(item, str) else json.dumps(item) for item in value))
+        return clean(", ".join(item if isinstance(item, str) else json.dumps(item) for item in value)) or NOTHING
     return clean(value)
 
 

@@ -35,7 +35,7 @@ def figure_section(
             for curve in panel.curves
         ]
         shown = {"id": f"panel-{panel.name}", "svg": Markup(drawn.svg), "description": panel.description}
-        shown["inches"] = panel.width
+        shown |= {"inches": panel.width, "unlabelled": round(1 - panel.right / panel.width, 3)}
         panels.append(shown | {"at": panel.labels[-1], "readings": readings})
     row = drawing.panels[: drawing.columns]
     content = {
