@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, find_chromium
+from synthetic_training import SHAPES, write_ensemble, write_inception
 from test_report_page import hostile_run
+from test_training_page import hostile_ensemble, hostile_inception
 
 from batchnorm.report import write_report
 
@@ -135,3 +137,73 @@ def test_policy_blocks_a_script_that_is_not_ours(browser: Browser, run_folder: P
     browser.open(path)
     assert browser.evaluate("document.title") != "owned"
     assert len(browser.complaints()) >= 2
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1100, False), (1100, True), (700, False), (390, False)])
+@pytest.mark.parametrize("kind", ["one seed", "nine arms", "ensemble"])
+def test_training_page_opens_quietly(browser: Browser, tmp_path: Path, kind: str, width: int, dark: bool) -> None:
+    folder = tmp_path / "run"
+    if kind == "ensemble":
+        write_ensemble(folder)
+    else:
+        write_inception(folder) if kind == "one seed" else write_inception(folder, tuple(SHAPES), (0, 1, 2))
+    path = write_report(folder)[-1]
+    browser.open(path, width, dark=dark)
+    assert browser.complaints() == []
+    assert browser.requests() == [path.as_uri()]
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # the list of values stands beside the figure, or below it where there is no room
+    plot, readout = browser.evaluate(
+        "['.plot', '.readout'].map(name => { const r = document.querySelector(name).getBoundingClientRect();"
+        " return [r.left, r.right, r.bottom, r.top] })"
+    )
+    assert readout[0] >= plot[1] if width > 832 else readout[3] >= plot[2]
+    assert plot[1] - plot[0] > (500 if width > 832 else 300)
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_hover_shows_every_arm(browser: Browser, tmp_path: Path, width: int) -> None:
+    path = write_report(write_inception(tmp_path / "run", tuple(SHAPES), diverged={"Inception-x5": 4000}))[-1]
+    (panel,) = panel_data(path)
+    browser.open(path, width)
+    final = browser.evaluate(READOUTS)
+    assert final[0][0] == "8,000"
+    for i in (3, 20):
+        point_at(browser, panel, i)
+        shown = browser.evaluate(READOUTS)
+        assert shown == [[panel["labels"][i], *(curve["text"][i] for curve in panel["curves"])]]
+        assert shown[0][-1] == ("diverged" if i == 20 else panel["curves"][-1]["text"][i])
+        dots = (
+            "[...document.querySelectorAll('.cursor circle')].filter(dot => dot.getAttribute('visibility') != 'hidden')"
+        )
+        assert browser.evaluate(f"{dots}.length") == (8 if i == 20 else 9)
+    browser.move(1, 1)
+    assert browser.evaluate(READOUTS) == final
+    browser.evaluate("document.getElementById('panel-accuracy').focus()")
+    browser.press("Home")
+    assert browser.evaluate(READOUTS)[0][0] == "250"
+    assert browser.complaints() == []
+
+
+def test_phone_shows_the_axes_in_full(browser: Browser, tmp_path: Path) -> None:
+    path = write_report(write_inception(tmp_path / "run", tuple(SHAPES)))[-1]
+    (panel,) = panel_data(path)
+    browser.open(path, 390)
+    plot, svg = browser.evaluate(
+        "['.plot', '.plot svg'].map(name => { const r = document.querySelector(name).getBoundingClientRect();"
+        " return [r.left, r.width] })"
+    )
+    units = browser.evaluate("document.querySelector('.plot svg').viewBox.baseVal.width")
+    assert 0.9 < panel["box"][2] / units * svg[1] / plot[1] < 1
+
+
+@pytest.mark.parametrize("write_folder", [hostile_inception, hostile_ensemble])
+def test_hostile_arms_never_run(browser: Browser, tmp_path: Path, write_folder) -> None:
+    path = write_report(write_folder(tmp_path / "run"))[-1]
+    for width in (1100, 390):
+        browser.open(path, width)
+        assert "owned" not in browser.evaluate("document.title")
+        assert browser.evaluate("document.images.length") == 0
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert browser.complaints() == []
+        assert browser.requests() == [path.as_uri()]

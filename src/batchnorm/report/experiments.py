@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.report.contents import Contents
+from batchnorm.report.ensemble_page import ensemble_contents
+from batchnorm.report.ensemble_records import read_ensemble
 from batchnorm.report.fields import broken, field
+from batchnorm.report.inception_page import inception_contents
+from batchnorm.report.inception_records import read_inception
 from batchnorm.report.mnist_page import mnist_contents
 from batchnorm.report.mnist_records import read_mnist
 from batchnorm.report.records import Records, Run, read_records
@@ -21,9 +25,12 @@ class Experiment:
     contents: Callable[[Any], Contents]
 
 
-# By the name in config.json
+# By the name in config.json. A new experiment adds a line here: its reader checks rows and claims (metrics.py, fields.py)
+# around what read_run checks for all; its contents are sections made of drawings (panels.py) and tables (contents.py).
 EXPERIMENTS = {
     "mnist": Experiment(read_mnist, mnist_contents),
+    "inception": Experiment(read_inception, inception_contents),
+    "ensemble": Experiment(read_ensemble, ensemble_contents),
 }
 
 

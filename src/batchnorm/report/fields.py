@@ -15,6 +15,7 @@ NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 LARGEST_COUNT = 2**53
 OPTIONAL_TEXT = (str, type(None))
+OPTIONAL_OBJECT = (dict, type(None))
 T = TypeVar("T")
 
 
