@@ -81,12 +81,18 @@ def write_shards(folder: Path) -> Path:
 
 
 class ReadingImages(Images):
-    """Images whose red is the number of threads of the process that read them. Reading number ``deadly`` kills it."""
+    """Images whose red is the number of threads of the process that read them.
 
-    def __init__(self, count: int, deadly: int = -1) -> None:
-        self.labels, self.shard_sizes, self.deadly = np.arange(count, dtype=np.int64), [count], deadly
+    Reading number ``deadly`` kills it, and number ``faulty`` raises what is no error of the data.
+    """
+
+    def __init__(self, count: int, deadly: int = -1, faulty: int = -1) -> None:
+        self.labels, self.shard_sizes = np.arange(count, dtype=np.int64), [count]
+        self.deadly, self.faulty = deadly, faulty
 
     def load(self, index: int) -> Image.Image:
         if index == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
+        if index == self.faulty:
+            raise RuntimeError(f"cannot read {index}")
         return Image.new("RGB", (8, 8), (torch.get_num_threads(), 0, 0))

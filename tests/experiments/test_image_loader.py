@@ -30,7 +30,7 @@ def test_processes_make_the_same_batches_and_leave_this_one_alone(tmp_path: Path
     loader = Loader(batches, workers=2)
     loaders.append(loader)
     state, handler = torch.get_rng_state(), signal.getsignal(signal.SIGCHLD)
-    before = {child.pid for child in multiprocessing.active_children()}
+    before = multiprocessing.active_children()
     # a run that is resumed at step 3, goes back, and goes on
     for step in (3, 4, 5, 6, 0, 1, 9):
         batch, expected = loader.batch(step), batches[step]
@@ -38,9 +38,9 @@ def test_processes_make_the_same_batches_and_leave_this_one_alone(tmp_path: Path
         assert batch.labels.equal(expected.labels)
     assert torch.get_rng_state().equal(state)
     assert signal.getsignal(signal.SIGCHLD) is handler
-    assert len({child.pid for child in multiprocessing.active_children()} - before) == 2
+    children = [child for child in multiprocessing.active_children() if child not in before]
     loader.close()
-    assert {child.pid for child in multiprocessing.active_children()} <= before
+    assert [child.exitcode for child in children] == [0, 0]
 
 
 def test_an_evaluation_ends_begins_again_and_computes_with_one_thread(loaders: list[Loader]):
@@ -84,6 +84,16 @@ def test_a_process_that_was_killed_between_two_evaluations_is_named(loaders: lis
     child.join()
     with pytest.raises(RunError, match=rf"process that prepares images ended .*{child.pid}.*; continue with --resume"):
         loader.batch(0)
+
+
+def test_a_step_that_raised_is_not_taken_for_the_next_one(loaders: list[Loader]):
+    loader = Loader(EvalBatches(ReadingImages(6, faulty=2), size=8, batch_size=2), workers=1)
+    loaders.append(loader)
+    loader.batch(0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot read 2"):
+            loader.batch(1)
+    assert loader.batch(2).labels.tolist() == [4, 5]
 
 
 def test_a_set_that_was_used_here_goes_to_a_process(tmp_path: Path, loaders: list[Loader]):

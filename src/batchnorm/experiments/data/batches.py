@@ -1,6 +1,8 @@
 """What a training step and an evaluation get, prepared ahead by processes of one thread each."""
 
+import atexit
 import itertools
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +18,7 @@ from batchnorm.experiments.data.augmentation import Augmentation
 from batchnorm.experiments.data.crops import center_crop
 from batchnorm.experiments.data.image_set import Images, UnreadableImageError
 from batchnorm.experiments.data.shuffling import Order, seed_of
-from batchnorm.experiments.workers import interrupts_held
+from batchnorm.experiments.workers import MALLOC, interrupts_held
 
 if TYPE_CHECKING:
     from PIL import Image  # pyright: ignore[reportMissingImports]
@@ -212,6 +214,8 @@ class Loader:
             try:
                 if step != self.next_step:
                     self.begin(step)
+                # Until the batch is here: after an exception, the iterator is one step further
+                self.next_step = -1
                 return next(self.iterator)
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 # A process that died can no longer hand over what it announced; torch then finds out which one it was
@@ -221,6 +225,9 @@ class Loader:
     def begin(self, step: int) -> None:
         self.steps.start = step
         if self.loader is None:
+            # A batch is made of tensors of some megabytes, of which page faults would cost a tenth of the time
+            for name, value in MALLOC.items():
+                os.environ.setdefault(name, value)
             self.loader = DataLoader(
                 Caught(self.dataset),
                 batch_size=None,
@@ -228,6 +235,7 @@ class Loader:
                 num_workers=self.workers,
                 prefetch_factor=PREFETCH,
                 persistent_workers=True,
+                worker_init_fn=begin_process,
                 # Forked processes would inherit locks that threads of this one hold
                 multiprocessing_context="spawn",
                 # The default draws from the global generator, and a resumed run would go on with other numbers
@@ -264,6 +272,11 @@ class Caught(Dataset["Batch | BatchNormError"]):
             return self.dataset[step]
         except BatchNormError as error:
             return error
+
+
+def begin_process(worker: int) -> None:
+    """Let a process end at once: where a thread hands over a batch meanwhile, Python's own way out aborts in C++."""
+    atexit.register(os._exit, 0)
 
 
 @contextmanager
