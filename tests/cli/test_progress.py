@@ -57,7 +57,7 @@ def test_finished_jobs_are_not_shown_while_others_run(clock: Clock, capsys):
         shown.update("bn", 50)
         clock.now = 20.0
         shown.update("bn", 100)
-    assert capsys.readouterr().err.splitlines() == ["bn 50/100", "bn 100/100, 5 steps/s, 0 s left"]
+    assert capsys.readouterr().err.splitlines() == ["bn 50/100", "bn 100/100, 5.0 steps/s, 0 s left"]
 
 
 def test_a_resumed_job_is_timed_from_where_it_resumed(clock: Clock, capsys):
@@ -65,7 +65,7 @@ def test_a_resumed_job_is_timed_from_where_it_resumed(clock: Clock, capsys):
         shown.update("bn", 900)
         clock.now = 10.0
         shown.update("bn", 950)
-    assert capsys.readouterr().err == "bn 950/1,000, 5 steps/s, 10 s left\n"
+    assert capsys.readouterr().err == "bn 950/1,000, 5.0 steps/s, 10 s left\n"
 
 
 def test_nothing_goes_to_standard_output(clock: Clock, capsys):

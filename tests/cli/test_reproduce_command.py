@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from batchnorm.cli import reproduce
+from batchnorm.cli import options, reproduce
 from batchnorm.cli.main import run
 from batchnorm.experiments.mnist import Options
 from batchnorm.experiments.run_folder import open_run
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(reproduce, "reproduce_mnist", stand_in("mnist"))
     monkeypatch.setattr(reproduce, "sweep_mnist", stand_in("sweep"))
-    monkeypatch.setattr(reproduce, "write_report", lambda folder: [folder / "report.html"])
+    monkeypatch.setattr(options, "write_report", lambda folder: [folder / "report.html"])
     return calls
 
 
@@ -267,7 +267,7 @@ def test_a_full_disk_under_the_report_is_one_line_and_no_verdict(calls, monkeypa
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device", f"{folder}/figure1.svg")
 
-    monkeypatch.setattr(reproduce, "write_report", full)
+    monkeypatch.setattr(options, "write_report", full)
     assert mnist("--out", "a") == 2
     assert capsys.readouterr().err == "batchnorm: [Errno 28] No space left on device: 'a/figure1.svg'\n"
 

@@ -12,14 +12,15 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Progress of jobs that are known once they report, all of the same number of steps.
+    """Progress of jobs that are known once they report.
 
     Args:
-        steps: of each job.
+        steps: of each job that does not say otherwise.
     """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+        self.steps_of: dict[str, int] = {}
         self.done: dict[str, int] = {}
         self.first: dict[str, tuple[int, float]] = {}
         self.printed = time.monotonic()
@@ -48,27 +49,33 @@ class Progress:
         if self.bars is not None:
             self.bars.stop()
 
-    def update(self, job: str, step: int) -> None:
-        """A job has finished so many steps."""
+    def update(self, job: str, step: int, steps: int | None = None) -> None:
+        """A job has finished so many of its steps."""
         now = time.monotonic()
+        total = self.steps_of.setdefault(job, steps or self.steps)
         self.first.setdefault(job, (step, now))
         self.done[job] = step
         if self.bars is not None:
             if job not in self.tasks:
-                self.tasks[job] = self.bars.add_task(job, total=self.steps, completed=step, rate="")
-            self.bars.update(self.tasks[job], completed=step, rate=f"{self.rate(job, now):,.0f} steps/s")
+                self.tasks[job] = self.bars.add_task(job, total=total, completed=step, rate="")
+            self.bars.update(self.tasks[job], completed=step, rate=per_second(self.rate(job, now)))
         elif now - self.printed >= LINE_SECONDS:
             self.printed = now
-            running = [name for name, done in self.done.items() if done < self.steps]
+            running = [name for name, done in self.done.items() if done < self.steps_of[name]]
             # nobody may be reading any more, which is no reason to stop training
             with contextlib.suppress(OSError):
                 click.echo("; ".join(self.line(name, now) for name in running or [job]), err=True)
 
     def line(self, job: str, now: float) -> str:
         rate = self.rate(job, now)
-        left = f", {rate:,.0f} steps/s, {(self.steps - self.done[job]) / rate:.0f} s left" if rate else ""
-        return f"{job} {self.done[job]:,}/{self.steps:,}{left}"
+        total = self.steps_of[job]
+        left = f", {per_second(rate)}, {(total - self.done[job]) / rate:.0f} s left" if rate else ""
+        return f"{job} {self.done[job]:,}/{total:,}{left}"
 
     def rate(self, job: str, now: float) -> float:
         step, since = self.first[job]
         return (self.done[job] - step) / (now - since) if now > since else 0.0
+
+
+def per_second(rate: float) -> str:
+    return f"{rate:,.0f} steps/s" if rate >= 20 else f"{rate:.1f} steps/s"

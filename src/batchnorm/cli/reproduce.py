@@ -2,8 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,34 +9,22 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from batchnorm.cli.options import FiniteRange, resume_command, show
 from batchnorm.cli.progress import Progress
-from batchnorm.cli.verdicts import print_verdicts
+from batchnorm.cli.reproduce_imagenet import ensemble, inception
 from batchnorm.environment import usable_cpus
 from batchnorm.errors import RunError
 from batchnorm.experiments.data.mnist import INPUTS
 from batchnorm.experiments.mnist import Options, reproduce_mnist
 from batchnorm.experiments.mnist_claims import ARMS
 from batchnorm.experiments.mnist_sweep import sweep_mnist
-from batchnorm.experiments.run_folder import CONFIG, TIMING, default_folder, latest_folder, read_record
-from batchnorm.report import write_report
+from batchnorm.experiments.run_folder import CONFIG, default_folder, latest_folder, read_record
 
 QUICK_STEPS = 1000
 QUICK_SEEDS = 2
 GRID = ("learning_rate", "init_std")
-# Arms whose speed is printed; those of a sweep are in its timing.json
-MOST_RATES = 8
 # Options of the command that are fields of the configuration, so that --resume can take them from the run
 CONFIGURED = ("steps", "input", "learning_rate", "init_std", "device")
-
-
-class FiniteRange(click.FloatRange):
-    """A range without infinity, and without NaN, which compares as if it were in every range."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
 
 
 @click.group()
@@ -111,9 +97,7 @@ def mnist(
                 on_progress=progress.update,
             )
     except KeyboardInterrupt:
-        click.echo(
-            f"stopped; nothing is lost: batchnorm reproduce mnist --resume --out {shlex.quote(str(folder))}", err=True
-        )
+        click.echo(resume_command("mnist", folder), err=True)
         raise
     return show(record, folder)
 
@@ -156,16 +140,5 @@ def choose_options(ctx: click.Context, recorded: dict[str, Any], seeds: int, qui
     return Options(**values)
 
 
-def show(record: dict[str, Any], folder: Path) -> int:
-    """Figures, page and verdicts; the exit status."""
-    paths = write_report(folder) if importlib.util.find_spec("matplotlib") else []
-    timing = read_record(folder / TIMING)
-    rates = [f"{arm} {cost['steps_per_second']:,.0f} steps/s" for arm, cost in timing["arms"].items()]
-    if len(rates) <= MOST_RATES:
-        stacked = next(iter(timing["arms"].values()))["networks"]
-        click.echo(f"{'; '.join(rates)}, each step for {stacked} networks at once", err=True)
-    click.echo(f"training took {timing['training_seconds']:.0f} s", err=True)
-    print_verdicts(record["claims"])
-    page = next((path for path in paths if path.suffix == ".html"), folder)
-    click.echo(f"the evidence is in {page}", err=True)
-    return 0 if record["verdict"] == "reproduced" else 1
+reproduce.add_command(inception)
+reproduce.add_command(ensemble)

@@ -104,13 +104,13 @@ class MnistTask:
         self.batches_per_epoch = len(data.train_labels) // options.batch_size
         self.epoch = -1
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        epoch, position = divmod(step, self.batches_per_epoch)
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        epoch, position = divmod(index, self.batches_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self.epoch_order(epoch)
-        index = self.order[position]
-        inputs = self.inputs(self.train_images.index_select(0, index))
-        return inputs.view(len(self.seeds), self.options.batch_size, PIXELS), self.train_labels.index_select(0, index)
+        chosen = self.order[position]
+        inputs = self.inputs(self.train_images.index_select(0, chosen))
+        return inputs.view(len(self.seeds), self.options.batch_size, PIXELS), self.train_labels.index_select(0, chosen)
 
     def epoch_order(self, epoch: int) -> Tensor:
         """Which examples make up each step: (steps of the epoch, stack x batch_size), a shuffle of its own per seed."""

@@ -1,0 +1,5 @@
+"""``python -m batchnorm``, as ``torchrun -m`` needs it."""
+
+from batchnorm.cli.main import main
+
+main()
