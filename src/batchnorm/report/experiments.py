@@ -25,8 +25,8 @@ class Experiment:
     contents: Callable[[Any], Contents]
 
 
-# By the name in config.json. A new experiment adds a line here: its reader checks rows and claims (metrics.py, fields.py)
-# around what read_run checks for all; its contents are sections made of drawings (panels.py) and tables (contents.py).
+# By the name in config.json. A new experiment adds a line here. Its reader checks rows and claims (metrics.py,
+# fields.py) around what read_run checks for all; its contents are sections: figures (panels.py), tables (contents.py).
 EXPERIMENTS = {
     "mnist": Experiment(read_mnist, mnist_contents),
     "inception": Experiment(read_inception, inception_contents),
