@@ -112,7 +112,7 @@ def inception(ctx: click.Context, **_: Any) -> int:
 def ensemble(ctx: click.Context, crop_images: int, **_: Any) -> int:
     """Figure 4: six varied BN-x30 networks, with one crop and with 144, and their ensemble.
 
-    Section 4.3 of the paper. Options as of batchnorm reproduce inception.
+    Section 4.2.3 of the paper. Options as of batchnorm reproduce inception.
     """
     if ctx.params["quick"] and ctx.get_parameter_source("crop_images") is ParameterSource.DEFAULT:
         crop_images = QUICK_CROP_IMAGES

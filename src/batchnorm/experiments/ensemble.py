@@ -1,6 +1,6 @@
 """Figure 4 of the paper: six varied BN-x30 networks, each with one crop and with 144, and their ensemble.
 
-Section 4.3: the networks are trained one by one, and the ensemble predicts the mean of their class probabilities.
+Section 4.2.3: the networks are trained one by one, and the ensemble predicts the mean of their class probabilities.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from batchnorm.files import finite, write_json
 # 145 evaluations each, of six networks: 7 minutes for 64 x 64 pixels on two cores
 CROP_IMAGES = 500
 
-SOURCE = "Ioffe & Szegedy 2015, section 4.3, Figure 4"
+SOURCE = "Ioffe & Szegedy 2015, section 4.2.3, Figure 4"
 
 # "Some of the following": larger initial weights, Dropout of 5 % or 10 %, per-activation BN in the last hidden layers
 VARIATIONS: tuple[dict[str, Any], ...] = (

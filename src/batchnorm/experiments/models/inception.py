@@ -141,9 +141,9 @@ class Inception(nn.Module):
         width: multiplies the features of every layer; they are rounded to multiples of 8.
         dropout: share of the last pooling's outputs that training drops.
         local_response_norm: GoogLeNet's, after the first pooling and before the second; section 4.2.1 removes it.
-        initial_scale: multiplies the initial weights of all convolutions, as some networks of section 4.3 have it.
+        initial_scale: multiplies the initial weights of all convolutions, as some networks of section 4.2.3 have it.
         per_activation_size: side of the input images. The last module then normalizes every activation on its own, as
-            some networks of section 4.3 do, and the network takes images of this size alone.
+            some networks of section 4.2.3 do, and the network takes images of this size alone.
         printed_projection: 128 features after the pooling of 4c and 4d, as the table prints, instead of 96.
         separable_stem: the first convolution is separable, as the table says; otherwise an ordinary one.
         fused: layers of ``batchnorm.nn`` with the activation inside; otherwise those of torch.nn, one by one.
@@ -153,7 +153,7 @@ class Inception(nn.Module):
         pooling averages whatever is left.
 
     Source:
-        Ioffe & Szegedy 2015, Figure 5 and sections 3.2, 4.2 and 4.3. The table contradicts itself in places, decided
+        Ioffe & Szegedy 2015, Figure 5 and sections 3.2, 4.2 and 4.2.3. The table contradicts itself in places, decided
         here so:
 
         - 3c and 4e print their input's size and have stride 2; the next rows show it. Their pooling is 3x3 with stride
