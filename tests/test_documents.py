@@ -13,7 +13,7 @@ from batchnorm.experiments.mnist_claims import ARMS, accuracy_claim, steps_claim
 from batchnorm.report import write_report
 
 ROOT = Path(__file__).parents[1]
-BENCHMARK = ROOT / "benchmarks/results/2026-11-24-amd-epyc-2cpu.jsonl"
+BENCHMARK = ROOT / "benchmarks/results/2026-11-25-amd-epyc-2cpu.jsonl"
 MNIST = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu"
 EIGHT_SEEDS = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-lr1-8seeds"
 SWEEP = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-sweep"

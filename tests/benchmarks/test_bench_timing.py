@@ -52,15 +52,16 @@ def test_no_collection_while_timing_and_the_collector_comes_back():
 
 def test_memory_is_what_was_held_at_most_and_in_the_end():
     def call():
-        first = torch.ones(48 * MIB, dtype=torch.uint8)
-        second = torch.ones(64 * MIB, dtype=torch.uint8)
+        # the C library may hold 64 MiB that earlier tests have freed, and give these from there
+        first = torch.ones(96 * MIB, dtype=torch.uint8)
+        second = torch.ones(128 * MIB, dtype=torch.uint8)
         del second
         return first
 
     measured = memory_of(call)
     assert measured is not None
-    assert abs(measured.peak - 112 * MIB) < 4 * MIB
-    assert abs(measured.kept - 48 * MIB) < 4 * MIB
+    assert abs(measured.peak - 224 * MIB) < 4 * MIB
+    assert abs(measured.kept - 96 * MIB) < 4 * MIB
 
 
 def test_memory_is_unknown_where_the_system_has_no_counter(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -1,6 +1,7 @@
 """Options of ``batchnorm reproduce inception`` and ``ensemble``, and whole runs of both on tiny pictures."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from batchnorm.experiments.inception_arms import PAPER_ARMS, PRESETS, Options
 from batchnorm.experiments.run_folder import open_run
 from batchnorm.experiments.training import StoppedError
 from batchnorm.files import write_json
-from commands import BATCHNORM, run_command
+from commands import run_command
 
 RECORD = {"verdict": "not reproduced", "claims": []}
 TIMING = {"training_seconds": 1.0, "arms": {"BN-x5": {"networks": 1, "steps_per_second": 12.0}}}
@@ -177,11 +178,21 @@ def test_a_whole_run_ends_in_a_page(pictures: Path, capfd: pytest.CaptureFixture
 def test_a_whole_ensemble_ends_in_a_page(pictures: Path):
     assert command("--data", pictures, "--quick", *TINY, "--out", "here", "--crop-images", 2, name="ensemble") in (0, 1)
     record = json.loads(Path("here/claims.json").read_text())
-    assert len(record["networks"]) == 6
+    assert (len(record["networks"]), record["crop_images"]) == (6, 2)
     assert Path("here/report.html").exists()
+    assert command("--resume", "--out", "here", "--data", pictures, name="ensemble") in (0, 1)
 
 
-def test_module_can_be_started_by_torchrun(tmp_path: Path):
-    result = run_command([BATCHNORM[0], "-m", "batchnorm", "reproduce", "inception", "--help"], tmp_path)
-    assert result.returncode == 0
-    assert "--nproc-per-node 2 -m batchnorm" in " ".join(result.stdout.split())
+def test_two_processes_of_torchrun_make_one_run(pictures: Path, tmp_path: Path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["reproduce", "inception", "--data", pictures, "--quick", *TINY, "--arms", "Inception,BN-x5"]
+    command = [*torchrun, "-m", "batchnorm", *map(str, arguments), "--out", "here"]
+    result = run_command(command, tmp_path, {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("claims reproduced") == 1
+    options = json.loads(Path("here/config.json").read_text())["options"]
+    assert (options["world_size"], options["batch_size"]) == (2, 4)
+    rows = [json.loads(line) for line in Path("here/metrics.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["step"]) for row in rows] == [
+        (arm, step) for arm in ("Inception", "BN-x5") for step in (1, 2)
+    ]

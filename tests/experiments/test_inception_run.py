@@ -13,7 +13,15 @@ from batchnorm.errors import RunError
 from batchnorm.experiments.data.image_set import ImageData
 from batchnorm.experiments.data.images import open_images
 from batchnorm.experiments.distributed import Team
-from batchnorm.experiments.ensemble import VARIATIONS, ensemble_claims, errors, network_variations, reproduce_ensemble
+from batchnorm.experiments.ensemble import (
+    VARIATIONS,
+    Errors,
+    ensemble_claims,
+    errors,
+    joined,
+    network_variations,
+    reproduce_ensemble,
+)
 from batchnorm.experiments.inception import Callbacks, reproduce_inception
 from batchnorm.experiments.inception_arms import Options, arm_named
 from batchnorm.experiments.inception_task import InceptionTask, Job
@@ -151,6 +159,23 @@ def test_an_ensemble_leaves_its_records(tmp_path: Path, pictures: ImageData):
     assert [claim["name"] for claim in record["claims"]] == [
         "crops-top1", "crops-top5", "ensemble-top1", "ensemble-top5",
     ]  # fmt: skip
+
+
+def test_image_that_cannot_be_read_counts_for_nobody():
+    labels = torch.tensor([0, 1, 2])
+    right, wrong = torch.eye(3), torch.eye(3).flip(1)
+    predictions = [torch.stack([wrong, right]), torch.stack([right, right])]
+    for prediction in predictions:
+        prediction[:, 1] = torch.nan
+    found = Errors(predictions, labels)
+    assert found.images == 2
+    assert found.mean(0, 0).tolist() == [0.5, 0.5]
+    assert found.mean(1, 0).tolist() == [0.0, 0.0]
+
+
+def test_what_processes_predicted_is_put_in_order():
+    whole = torch.arange(30.0).view(2, 5, 3)
+    assert torch.equal(joined((whole[:, 0::2], whole[:, 1::2]), 5), whole)
 
 
 def test_variations_are_those_of_section_4_3():

@@ -114,11 +114,13 @@ def ensemble(ctx: click.Context, crop_images: int, **_: Any) -> int:
 
     Section 4.2.3 of the paper. Options as of batchnorm reproduce inception.
     """
-    if ctx.params["quick"] and ctx.get_parameter_source("crop_images") is ParameterSource.DEFAULT:
-        crop_images = QUICK_CROP_IMAGES
+    is_given = ctx.get_parameter_source("crop_images") is not ParameterSource.DEFAULT
 
-    def reproduce(*arguments: Any, **options: Any) -> dict[str, Any]:
-        return reproduce_ensemble(*arguments, crop_images=crop_images, **options)
+    def reproduce(options: Options, folder: Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        chosen = crop_images if is_given or not ctx.params["quick"] else QUICK_CROP_IMAGES
+        if settings["resume"] and not is_given:
+            chosen = recorded_options(folder).get("crop_images", chosen)
+        return reproduce_ensemble(options, folder, *arguments, crop_images=chosen, **settings)
 
     return run(ctx, "ensemble", reproduce)
 
@@ -161,7 +163,9 @@ def run(ctx: click.Context, experiment: str, reproduce: Callable[..., dict[str, 
                 if team.is_first:
                     click.echo(resume_command(experiment, folder, data), err=True)
                 raise click.exceptions.Abort from None
-        return show(record, folder) if team.is_first else 0
+        status = show(record, folder) if team.is_first else 0
+        # torchrun takes every other status for a crash
+        return status if team.world_size == 1 else 0
 
 
 def recorded_options(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm.experiments.claims import NORMAL_QUANTILE, Claim, claims_record, verdict_of
 from batchnorm.experiments.data.crops import center_crop, crops_144
-from batchnorm.experiments.data.image_set import ImageData
+from batchnorm.experiments.data.image_set import ImageData, UnreadableImageError
 from batchnorm.experiments.distributed import Team
 from batchnorm.experiments.inception import SILENT, Callbacks, base_learning_rate, describe_data, hold_run, train_job
 from batchnorm.experiments.inception_arms import ARMS, NOTES, Options
@@ -103,12 +103,16 @@ def reproduce_ensemble(
         variations = [network_variations(variation, options) for variation in VARIATIONS]
         results = {job.name: run(job, **variation) for job, variation in zip(jobs, variations, strict=True)}
         seconds = max(time.perf_counter() - started, sum(sum(timing) for timing in results.values()))
+        alone = Team(team.device)
+        tasks = [
+            InceptionTask(job, options, data, alone, workers, **variation)
+            for job, variation in zip(jobs, variations, strict=True)
+        ]
+        own = [predict(task, folder, team, crop_images) for task in tasks]
+        everyone = team.gather(own)
         if team.is_first:
-            predictions = [
-                predict(InceptionTask(job, options, data, Team(team.device), workers, **variation), folder, crop_images)
-                for job, variation in zip(jobs, variations, strict=True)
-            ]
-            record = write_results(folder, jobs, results, seconds, predictions, data, sweep, crop_images)
+            predictions = [joined(parts, crop_images) for parts in zip(*everyone, strict=True)]
+            record = write_results(folder, jobs, results, seconds, predictions, data, sweep)
         record = team.gather(record)[0]
     return record
 
@@ -116,8 +120,7 @@ def reproduce_ensemble(
 def network_job(number: int, options: Options, base: float) -> Job:
     name = f"network {number + 1}"
     arm = dataclasses.replace(ARMS["BN-x30"], name=name)
-    grid = {options.steps * part // options.evaluations for part in range(1, options.evaluations + 1)}
-    return Job(name.replace(" ", "-"), arm, number, options.steps, frozenset(grid), base)
+    return Job(name.replace(" ", "-"), arm, number, options.steps, options.evaluation_steps, base)
 
 
 def network_variations(variation: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -127,20 +130,34 @@ def network_variations(variation: dict[str, Any], options: Options) -> dict[str,
 
 
 @torch.no_grad()
-def predict(task: InceptionTask, folder: Path, count: int) -> tuple[Tensor, Tensor]:
-    """Class probabilities of the first validation images, (count, classes): of the center crop and mean of 144."""
+def predict(task: InceptionTask, folder: Path, team: Team, count: int) -> Tensor:
+    """Class probabilities (2, images, classes), of the center crop and mean of 144, for this process's share of images.
+
+    They are NaN for an image that cannot be read.
+    """
     checkpoint = torch.load(folder / WORK / f"{task.name}.checkpoint", weights_only=True, map_location="cpu")
     task.model.load_state_dict(checkpoint["model"])
     model, size = task.model.eval(), task.options.size
-    single, crops = [], []
-    for index in range(count):
-        image = task.data.val.load(index)
+    found = []
+    for index in range(team.rank, count, team.world_size):
+        try:
+            image = task.data.val.load(index)
+        except UnreadableImageError:
+            found.append(torch.full((2, len(task.data.classes)), torch.nan))
+            continue
         inputs = torch.cat([center_crop(image, size)[None], crops_144(image, size)])
         with task.autocast():
             probabilities = model(task.to_device(inputs)).float().softmax(1).cpu()
-        single.append(probabilities[0])
-        crops.append(probabilities[1:].mean(0))
-    return torch.stack(single), torch.stack(crops)
+        found.append(torch.stack([probabilities[0], probabilities[1:].mean(0)]))
+    return torch.stack(found, 1) if found else torch.empty(2, 0, len(task.data.classes))
+
+
+def joined(parts: tuple[Tensor, ...], count: int) -> Tensor:
+    """What the processes predicted, in the order of the images."""
+    whole = parts[0].new_empty(2, count, parts[0].shape[2])
+    for rank, part in enumerate(parts):
+        whole[:, rank :: len(parts)] = part
+    return whole
 
 
 def errors(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,10 +169,13 @@ def errors(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class Errors:
     """Top-1 and top-5 errors of each image: (images,) for every network and for their ensemble, by number of crops."""
 
-    def __init__(self, predictions: list[tuple[Tensor, Tensor]], labels: Tensor) -> None:
-        ensemble = tuple(torch.stack(kind).mean(0) for kind in zip(*predictions, strict=True))
-        self.networks = [[errors(probabilities, labels) for probabilities in pair] for pair in predictions]
-        self.ensemble = [errors(probabilities, labels) for probabilities in ensemble]
+    def __init__(self, predictions: list[Tensor], labels: Tensor) -> None:
+        readable = ~predictions[0][0, :, 0].isnan()
+        labels = labels[readable]
+        kept = [prediction[:, readable] for prediction in predictions]
+        self.networks = [[errors(probabilities, labels) for probabilities in pair] for pair in kept]
+        self.ensemble = [errors(probabilities, labels) for probabilities in torch.stack(kept).mean(0)]
+        self.images = len(labels)
 
     def mean(self, crops: int, top: int) -> Tensor:
         """Of the networks, image by image; ``crops``: 0 for one, 1 for 144; ``top``: 0 for top-1, 1 for top-5."""
@@ -199,16 +219,15 @@ def write_results(
     jobs: list[Job],
     results: dict[str, Timing],
     seconds: float,
-    predictions: list[tuple[Tensor, Tensor]],
+    predictions: list[Tensor],
     data: ImageData,
     sweep: dict[str, Any] | None,
-    crop_images: int,
 ) -> dict[str, Any]:
     """Timing, metrics and claims; the record of the claims."""
     arms = {job.arm.name: describe_timing(results[job.name], job.steps, 1) for job in jobs}
     write_json(folder / TIMING, {"training_seconds": round(seconds, 2), "arms": arms})
     rows = [row for job in jobs for row in read_rows(folder / WORK / f"{job.name}.jsonl")]
-    found = Errors(predictions, torch.from_numpy(data.val.labels[:crop_images]))
+    found = Errors(predictions, torch.from_numpy(data.val.labels[: predictions[0].shape[1]]))
     networks = [
         {"name": job.arm.name, "variations": describe(variation), **rates(network)}
         for job, variation, network in zip(jobs, VARIATIONS, found.networks, strict=True)
@@ -216,7 +235,7 @@ def write_results(
     extra = {
         "networks": networks,
         "ensemble": rates(found.ensemble),
-        "crop_images": crop_images,
+        "crop_images": found.images,
         "base_learning_rate": sweep,
     }
     return finish_run(folder, rows, claims_record("ensemble", ensemble_claims(found), **finite(extra)))

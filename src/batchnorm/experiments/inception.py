@@ -135,8 +135,7 @@ def hold_run(
 
 def job_of(arm: Arm, seed: int, options: Options, base: float, several: bool) -> Job:
     name = arm.name.replace(" ", "-") + (f"-seed{seed}" if several else "")
-    grid = {options.steps * part // options.evaluations for part in range(1, options.evaluations + 1)}
-    return Job(name, arm, seed, options.steps, frozenset(grid), base)
+    return Job(name, arm, seed, options.steps, options.evaluation_steps, base)
 
 
 def base_learning_rate(

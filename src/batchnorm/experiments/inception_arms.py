@@ -105,6 +105,11 @@ class Options:
     channels_last: bool = True
     world_size: int = 1
 
+    @property
+    def evaluation_steps(self) -> frozenset[int]:
+        """Evenly spaced, the last step among them."""
+        return frozenset(-(-self.steps * part // self.evaluations) for part in range(1, self.evaluations + 1))
+
     def learning_rate(self, arm: Arm, base: float) -> Callable[[int], float]:
         """Exponential decay, of a step counted from 0."""
         initial = base * (arm.factor if "learning-rate" in arm.changes else 1.0)
