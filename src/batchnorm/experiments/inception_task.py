@@ -70,6 +70,7 @@ class InceptionTask:
             flip=data.flip,
             rank=team.rank,
             world_size=team.world_size,
+            channels_last=options.channels_last,
         )
         self.batches = Loader(batches, workers)
         self.validation = EvalBatches(data.val, batch_size=VALIDATION_BATCH, size=options.size)
