@@ -161,6 +161,16 @@ def test_an_ensemble_leaves_its_records(tmp_path: Path, pictures: ImageData):
     ]  # fmt: skip
 
 
+def test_an_ensemble_can_be_stopped_while_it_is_evaluated(tmp_path: Path, pictures: ImageData):
+    options = dataclasses.replace(OPTIONS, steps=1, evaluations=1, half_life=1)
+    rows: list[dict[str, Any]] = []
+    callbacks = Callbacks(on_row=rows.append, should_stop=lambda: len(rows) == 6)
+    with pytest.raises(StoppedError):
+        reproduce_ensemble(options, tmp_path / "run", pictures, ALONE, crop_images=2, workers=0, callbacks=callbacks)
+    record = reproduce_ensemble(options, tmp_path / "run", pictures, ALONE, crop_images=2, workers=0, resume=True)
+    assert len(record["networks"]) == 6
+
+
 def test_image_that_cannot_be_read_counts_for_nobody():
     labels = torch.tensor([0, 1, 2])
     right, wrong = torch.eye(3), torch.eye(3).flip(1)

@@ -208,9 +208,15 @@ def choose_options(ctx: click.Context, recorded: dict[str, Any], images: ImageDa
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """A list that grows with every Ctrl-C and every request to end, so that training can save first."""
+    """A list that grows with Ctrl-C or a request to end, so that training can save first; the second ends at once."""
     noted: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from batchnorm.experiments.inception import SILENT, Callbacks, base_learning_rat
 from batchnorm.experiments.inception_arms import ARMS, NOTES, Options
 from batchnorm.experiments.inception_task import InceptionTask, Job
 from batchnorm.experiments.run_folder import TIMING, WORK, finish_run
-from batchnorm.experiments.training import Timing, describe_timing, read_rows
+from batchnorm.experiments.training import StoppedError, Timing, describe_timing, read_rows
 from batchnorm.files import finite, write_json
 
 # 145 evaluations each, of six networks: 7 minutes for 64 x 64 pixels on two cores
@@ -108,7 +109,7 @@ def reproduce_ensemble(
             InceptionTask(job, options, data, alone, workers, **variation)
             for job, variation in zip(jobs, variations, strict=True)
         ]
-        own = [predict(task, folder, team, crop_images) for task in tasks]
+        own = [predict(task, folder, team, crop_images, callbacks.should_stop) for task in tasks]
         everyone = team.gather(own)
         if team.is_first:
             predictions = [joined(parts, crop_images) for parts in zip(*everyone, strict=True)]
@@ -130,7 +131,7 @@ def network_variations(variation: dict[str, Any], options: Options) -> dict[str,
 
 
 @torch.no_grad()
-def predict(task: InceptionTask, folder: Path, team: Team, count: int) -> Tensor:
+def predict(task: InceptionTask, folder: Path, team: Team, count: int, should_stop: Callable[[], bool]) -> Tensor:
     """Class probabilities (2, images, classes), of the center crop and mean of 144, for this process's share of images.
 
     They are NaN for an image that cannot be read.
@@ -140,6 +141,8 @@ def predict(task: InceptionTask, folder: Path, team: Team, count: int) -> Tensor
     model, size = task.model.eval(), task.options.size
     found = []
     for index in range(team.rank, count, team.world_size):
+        if should_stop():
+            raise StoppedError
         try:
             image = task.data.val.load(index)
         except UnreadableImageError:
