@@ -149,8 +149,18 @@ def test_estimate_trains_nothing(pictures: Path, capfd: pytest.CaptureFixture[st
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("12 training and 4 validation images of 2 classes, 64 x 64; 60 steps of 4 images")
     assert [line.split(":")[0] for line in lines[1:3]] == ["Inception", "BN-x5"]
-    assert all(word in lines[1] for word in ("GFLOP", "ms per step", "MiB kept"))
+    assert all(word in lines[1] for word in ("GFLOP", "ms per mini-batch", "MiB kept", "1 x 60 steps"))
     assert not Path("runs").exists()
+
+
+def test_estimate_of_an_ensemble_is_that_of_its_six_networks(pictures: Path, capfd: pytest.CaptureFixture[str]):
+    arguments = ("--data", pictures, "--batch-size", 4, "--steps", 1000)
+    assert command(*arguments, "--estimate", name="ensemble") == 0
+    sweep, networks = capfd.readouterr().out.splitlines()[1:3]
+    assert sweep.startswith("Inception, learning rates: ")
+    assert "5 x 800 steps" in sweep
+    assert networks.startswith("BN-x30: ")
+    assert "6 x 1,000 steps" in networks
 
 
 def test_a_whole_run_ends_in_a_page(pictures: Path, capfd: pytest.CaptureFixture[str]):

@@ -30,6 +30,7 @@ def judged(*networks: list[dict[str, Any]], images: int = 5000, seeds: int = 1) 
 def test_each_claim_needs_its_arms():
     assert judged(PLAIN) == {}
     assert list(judged(PLAIN, network("BN-x30", (0.1,) * 5))) == ["steps-BN-x30", "accuracy-BN-x30-over-Inception"]
+    assert list(judged(network("BN-x5", (0.1,) * 5), network("BN-x30", (0.2,) * 5))) == ["accuracy-BN-x30-over-BN-x5"]
     everything = judged(PLAIN, *(network(arm, (0.1,) * 5) for arm in PAPER_ARMS if arm != "Inception"))
     assert len(everything) == 3 + 4 + 1
 

@@ -121,7 +121,7 @@ def obstacle(input: Tensor) -> Choice | None:
         return Choice("aten", f"the kernels run on the cpu, and the input is on {input.device}")
     if input.dtype not in DTYPES:
         return Choice("aten", f"the kernels take float32, float64 and bfloat16, and the input is {input.dtype}")
-    if type(input) not in PLAIN_TYPES or torch._C._len_torch_dispatch_stack() or input.layout is not torch.strided:
+    if type(input) not in PLAIN_TYPES or number_of_dispatch_modes() or input.layout is not torch.strided:
         return NOT_PLAIN
     if input.numel() == 0:
         return EMPTY

@@ -17,7 +17,7 @@ from batchnorm.errors import RunError
 from batchnorm.experiments.data.image_set import ImageData
 from batchnorm.experiments.data.images import mnist_images, open_images
 from batchnorm.experiments.distributed import join_team
-from batchnorm.experiments.ensemble import CROP_IMAGES, reproduce_ensemble
+from batchnorm.experiments.ensemble import CROP_IMAGES, MODEL, VARIATIONS, reproduce_ensemble
 from batchnorm.experiments.estimate import estimate
 from batchnorm.experiments.inception import Callbacks, reproduce_inception
 from batchnorm.experiments.inception_arms import ARMS, PAPER_ARMS, PRESETS, Options, arm_named
@@ -141,7 +141,9 @@ def run(ctx: click.Context, experiment: str, reproduce: Callable[..., dict[str, 
             click.echo("without --data the bundled MNIST stands in for ImageNet", err=True)
         if given["only_estimate"]:
             if team.is_first:
-                click.echo(estimate(options, images))
+                six = {MODEL: len(VARIATIONS)}
+                each = dict.fromkeys(options.arms, len(options.seeds))
+                click.echo(estimate(options, images, six if experiment == "ensemble" else each))
             return 0
         curves = rows_to_tensorboard(given["tensorboard"] if team.is_first else None)
         with Progress(options.steps) as progress, interrupts() as stopped, curves as on_row:

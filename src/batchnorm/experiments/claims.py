@@ -61,11 +61,16 @@ def interval(values: list[float]) -> tuple[float, float | None, float | None]:
 
 
 def judge(
-    values: list[float], *, above: float | None = None, below: float | None = None
+    values: list[float],
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    alone: tuple[float, float] | None = None,
 ) -> tuple[float | None, float | None, float | None, str]:
     """Mean, interval and verdict: reproduced if the whole interval lies above, or below, the bound.
 
-    One value, or a value that is not finite because a network diverged, cannot be compared.
+    ``alone`` is the interval of a single value, where something else than seeds gives one. Otherwise one value, or a
+    value that is not finite because a network diverged, cannot be compared.
 
     Example:
         >>> judge([0.3, 0.4, 0.35], above=0.0)[3], judge([0.3], above=0.0)[3]
@@ -74,15 +79,12 @@ def judge(
     if not all(map(math.isfinite, values)):
         return None, None, None, NOT_COMPARABLE
     mean, low, high = interval(values)
+    if len(values) == 1 and alone is not None:
+        low, high = alone
     if low is None or high is None:
         return mean, low, high, NOT_COMPARABLE
-    return mean, low, high, verdict_of(low, high, above=above, below=below)
-
-
-def verdict_of(low: float, high: float, *, above: float | None = None, below: float | None = None) -> str:
-    """Whether a whole interval lies above, or below, a bound."""
     holds = low > above if above is not None else below is not None and high < below
-    return REPRODUCED if holds else NOT_REPRODUCED
+    return mean, low, high, REPRODUCED if holds else NOT_REPRODUCED
 
 
 def overall(claims: list[Claim]) -> str:

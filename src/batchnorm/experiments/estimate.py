@@ -1,46 +1,61 @@
-"""What a run will cost: FLOPs, memory and hours, from one step of every arm."""
+"""What a run will cost: FLOPs, memory and hours, from some mini-batches of every arm."""
 
-import resource
-import sys
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from batchnorm.experiments.data.image_set import ImageData
-from batchnorm.experiments.inception_arms import RATES, SWEEP_STEPS, Options, arm_named
+from batchnorm.experiments.inception_arms import BASELINE, RATES, SWEEP_STEPS, Options, arm_named
 from batchnorm.insight.memory import memory_report
 
 STEPS = 3
 
 
-def estimate(options: Options, data: ImageData) -> str:
-    """A few lines to read before a run is started; random images stand in for the data."""
+def estimate(options: Options, data: ImageData, networks: dict[str, int]) -> str:
+    """A few lines to read before a run is started; random images stand in for the data.
+
+    Args:
+        options: the settings.
+        data: the images.
+        networks: how many networks of each arm are trained.
+    """
+    images = options.batch_size * options.accumulate * options.world_size
     lines = [
         f"{len(data.train):,} training and {len(data.val):,} validation images of {len(data.classes)} classes, "
-        f"{options.size} x {options.size}; {options.steps:,} steps of {options.batch_size * options.world_size} images "
-        f"per network, {options.steps * options.batch_size * options.world_size / len(data.train):.1f} epochs"
+        f"{options.size} x {options.size}; {options.steps:,} steps of {images} images per network, "
+        f"{options.steps * images / len(data.train):.1f} epochs"
     ]
+    plan = [(name, count, options.steps) for name, count in networks.items()]
+    if options.base_learning_rate is None:
+        plan.insert(0, (f"{BASELINE}, learning rates", len(RATES), min(SWEEP_STEPS, options.steps)))
     total = 0.0
-    for name in options.arms:
-        seconds, flops, saved = one_step(options, name, len(data.classes))
-        hours = seconds * options.steps * options.accumulate * len(options.seeds) / 3600
-        if options.base_learning_rate is None and name == options.arms[0]:
-            hours += seconds * len(RATES) * min(SWEEP_STEPS, options.steps) / 3600
+    for name, count, steps in plan:
+        cost = one_step(options, name.partition(",")[0], len(data.classes))
+        hours = cost.seconds * steps * options.accumulate * count / 3600
         total += hours
         lines.append(
-            f"{name}: {flops / 1e9:.1f} GFLOP and {seconds * 1e3:.0f} ms per step, {saved / 2**20:.0f} MiB kept for "
-            f"the backward pass, {hours:.1f} h"
+            f"{name}: {cost.flops / 1e9:.1f} GFLOP and {cost.seconds * 1e3:.0f} ms per mini-batch, "
+            f"{cost.kept / 2**20:.0f} MiB kept for the backward pass beside {cost.weights / 2**20:.0f} MiB of weights, "
+            f"gradients and momentum; {count} x {steps:,} steps, {hours:.1f} h"
         )
-    # kilobytes on Linux, bytes on macOS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
-    lines.append(f"together {total:.1f} h without evaluations; {peak:,.0f} MiB of memory so far")
+    lines.append(f"together {total:.1f} h without evaluations")
     return "\n".join(lines)
 
 
-def one_step(options: Options, name: str, num_classes: int) -> tuple[float, float, int]:
-    """Seconds of a step, floating-point operations of it, bytes that autograd keeps."""
+class Cost(NamedTuple):
+    """Of a mini-batch: seconds, floating-point operations, bytes that autograd keeps. And the bytes of the weights."""
+
+    seconds: float
+    flops: float
+    kept: int
+    weights: int
+
+
+def one_step(options: Options, name: str, num_classes: int) -> Cost:
+    from torch.utils.flop_counter import FlopCounterMode
+
     arm = arm_named(name)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     model = options.network(arm, num_classes).to(options.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
@@ -57,4 +72,5 @@ def one_step(options: Options, name: str, num_classes: int) -> tuple[float, floa
     seconds = (time.perf_counter() - started) / STEPS
     with FlopCounterMode(display=False) as counter:
         step()
-    return seconds, float(counter.get_total_flops()), memory_report(model, images).kept
+    weights = 3 * sum(parameter.nbytes for parameter in model.parameters())
+    return Cost(seconds, float(counter.get_total_flops()), memory_report(model, images).kept, weights)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from batchnorm.experiments.claims import NORMAL_QUANTILE, Claim, interval, judge, verdict_of
+from batchnorm.experiments.claims import NORMAL_QUANTILE, Claim, interval, judge
 from batchnorm.experiments.inception_arms import BASELINE
 
 SOURCE = "Ioffe & Szegedy 2015, section 4.2, Figure 3"
@@ -43,7 +43,8 @@ class Runs:
 
 def inception_claims(runs: Runs, num_classes: int) -> list[Claim]:
     """The claims of section 4.2 that the arms of a run allow to judge."""
-    claims = [steps_claim(runs, arm) for arm in ("BN-Baseline", "BN-x5", "BN-x30") if runs.of(arm)]
+    faster = ("BN-Baseline", "BN-x5", "BN-x30")
+    claims = [steps_claim(runs, arm) for arm in faster if runs.of(arm) and runs.of(BASELINE)]
     pairs = [("BN-Baseline", BASELINE), ("BN-x5", BASELINE), ("BN-x30", BASELINE), ("BN-x30", "BN-x5")]
     claims += [accuracy_claim(runs, arm, other) for arm, other in pairs if runs.of(arm) and runs.of(other)]
     return claims + ([sigmoid_claim(runs, num_classes)] if runs.of("BN-x5-Sigmoid") else [])
@@ -71,12 +72,10 @@ def steps_ratio(run: Run, plain: Run, margin: float = 0.0) -> float:
 def steps_claim(runs: Runs, arm: str) -> Claim:
     pairs = list(zip(runs.of(arm), runs.of(BASELINE), strict=True))
     values = [steps_ratio(run, plain) for run, plain in pairs]
-    mean, low, high, verdict = judge(values, below=1.0)
-    if len(pairs) == 1 and mean is not None:
-        run, plain = pairs[0]
-        margin = runs.error(best(plain))
-        low, high = steps_ratio(run, plain, -margin), steps_ratio(run, plain, margin)
-        verdict = verdict_of(low, high, below=1.0)
+    run, plain = pairs[0]
+    margin = runs.error(best(plain))
+    alone = steps_ratio(run, plain, -margin), steps_ratio(run, plain, margin)
+    mean, low, high, verdict = judge(values, below=1.0, alone=alone)
     steps = FIGURE_3[arm][0] or math.nan
     return Claim(
         name=f"steps-{arm}",
@@ -103,11 +102,8 @@ def steps_claim(runs: Runs, arm: str) -> Claim:
 def accuracy_claim(runs: Runs, arm: str, other: str) -> Claim:
     pairs = [(best(run), best(against)) for run, against in zip(runs.of(arm), runs.of(other), strict=True)]
     values = [100 * (ours - theirs) for ours, theirs in pairs]
-    mean, low, high, verdict = judge(values, above=0.0)
-    if len(pairs) == 1 and mean is not None:
-        half = 100 * math.hypot(*map(runs.error, pairs[0]))
-        low, high = mean - half, mean + half
-        verdict = verdict_of(low, high, above=0.0)
+    half = 100 * math.hypot(*map(runs.error, pairs[0]))
+    mean, low, high, verdict = judge(values, above=0.0, alone=(values[0] - half, values[0] + half))
     ours, theirs = FIGURE_3[arm][1], FIGURE_3[other][1]
     return Claim(
         name=f"accuracy-{arm}-over-{other}",
@@ -128,11 +124,8 @@ def accuracy_claim(runs: Runs, arm: str, other: str) -> Claim:
 def sigmoid_claim(runs: Runs, num_classes: int) -> Claim:
     values = [100 * best(run) for run in runs.of("BN-x5-Sigmoid")]
     chance = 100 / num_classes
-    mean, low, high, verdict = judge(values, above=chance)
-    if len(values) == 1 and mean is not None:
-        half = 100 * runs.error(mean / 100)
-        low, high = mean - half, mean + half
-        verdict = verdict_of(low, high, above=chance)
+    half = 100 * runs.error(values[0] / 100)
+    mean, low, high, verdict = judge(values, above=chance, alone=(values[0] - half, values[0] + half))
     plain = [100 * best(run) for run in runs.of("Inception-Sigmoid")]
     return Claim(
         name="sigmoid",

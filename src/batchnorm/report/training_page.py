@@ -52,10 +52,11 @@ def rate_search(search: RateSearch | None) -> Section:
         [
             Cell(f"{rate:.4g}", mark="chosen" if rate == search.chosen else ""),
             "diverged" if math.isnan(accuracy) else percent(accuracy),
+            number(loss, 3),
         ]
-        for rate, accuracy in search.candidates
+        for rate, accuracy, loss in search.candidates
     ]
-    columns = [Column("Learning rate"), Column("validation accuracy")]
+    columns = [Column("Learning rate"), Column("validation accuracy"), Column("validation loss")]
     caption = f"Chosen: {search.chosen:.4g}, {clean(search.rule, RULE_LIMIT)}."
     return Table("rates", "The base learning rate", columns, rows, caption=caption).section()
 

@@ -57,9 +57,9 @@ class TrainingEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class RateSearch:
-    """Validation accuracy by learning rate, NaN where the network diverged, and the rule that chose one."""
+    """Validation accuracy and loss by learning rate, NaN where the network diverged, and the rule that chose one."""
 
-    candidates: list[tuple[float, float]]
+    candidates: list[tuple[float, float, float]]
     chosen: float
     rule: str
 
@@ -134,7 +134,11 @@ def read_search(claims: dict[str, Any], path: Path) -> RateSearch | None:
     where = "base_learning_rate: "
     return RateSearch(
         candidates=[
-            (finite(entry, "learning_rate", path, where), fraction(entry, "validation_accuracy", path, where))
+            (
+                finite(entry, "learning_rate", path, where),
+                fraction(entry, "validation_accuracy", path, where),
+                real(entry.get("validation_loss")),
+            )
             for entry in objects(record, "candidates", path, where)
         ],
         chosen=finite(record, "chosen", path, where),
