@@ -120,9 +120,14 @@ def test_diverged_network_leaves_the_mean_open(tmp_path: Path) -> None:
 
 def test_searched_learning_rate_of_an_ensemble_is_shown(tmp_path: Path) -> None:
     folder = write_ensemble(tmp_path / "run", count=1)
-    search = {"candidates": [{"learning_rate": 0.01, "validation_accuracy": 0.2}], "chosen": 0.01, "rule": "the best"}
-    change_claims(folder, base_learning_rate=search)
-    assert "Chosen: 0.01, the best." in outline(folder).words
+    candidates = [
+        {"learning_rate": 0.01, "validation_accuracy": 0.2, "validation_loss": 4.5237},
+        {"learning_rate": 0.02, "validation_accuracy": 0.21, "validation_loss": None},
+    ]
+    change_claims(folder, base_learning_rate={"candidates": candidates, "chosen": 0.01, "rule": "the lowest loss"})
+    words = outline(folder).words
+    assert "Chosen: 0.01, the lowest loss." in words
+    assert "0.01 \N{BLACK STAR} chosen 20.00 % 4.524 0.02 21.00 % \N{EN DASH}" in words
 
 
 @pytest.mark.parametrize("write_folder", [write_inception, write_ensemble])
