@@ -39,7 +39,7 @@ def show(record: dict[str, Any], folder: Path) -> int:
     paths = write_report(folder) if importlib.util.find_spec("matplotlib") else []
     timing = read_record(folder / TIMING)
     rates = [f"{arm} {cost['steps_per_second']:,.0f} steps/s" for arm, cost in timing["arms"].items()]
-    if len(rates) <= MOST_RATES:
+    if 0 < len(rates) <= MOST_RATES:
         stacked = next(iter(timing["arms"].values()))["networks"]
         together = f", each step for {stacked} networks at once" if stacked > 1 else ""
         click.echo("; ".join(rates) + together, err=True)

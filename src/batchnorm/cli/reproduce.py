@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from click.core import ParameterSource
 from batchnorm.cli.options import FiniteRange, resume_command, show
 from batchnorm.cli.progress import Progress
 from batchnorm.cli.reproduce_imagenet import ensemble, inception
+from batchnorm.cli.reproduce_studies import minutes, study_command
 from batchnorm.environment import usable_cpus
 from batchnorm.errors import RunError
+from batchnorm.experiments.catalogue import EXPERIMENTS
 from batchnorm.experiments.data.mnist import INPUTS
 from batchnorm.experiments.mnist import Options, reproduce_mnist
 from batchnorm.experiments.mnist_claims import ARMS
 from batchnorm.experiments.mnist_sweep import sweep_mnist
 from batchnorm.experiments.run_folder import CONFIG, default_folder, latest_folder, read_record
 
+ERROR = 2
+PLAIN_WIDTH = 79
 QUICK_STEPS = 1000
 QUICK_SEEDS = 2
 GRID = ("learning_rate", "init_std")
@@ -27,12 +32,20 @@ GRID = ("learning_rate", "init_std")
 CONFIGURED = ("steps", "input", "learning_rate", "init_std", "device")
 
 
-@click.group()
-def reproduce() -> None:
-    """Run an experiment of the paper and give a verdict per claim.
+@click.group(invoke_without_command=True)
+@click.option("--list", "only_list", is_flag=True, help="Show every experiment: source, claim, expected minutes.")
+@click.pass_context
+def reproduce(ctx: click.Context, only_list: bool) -> None:
+    """Run an experiment and give a verdict per claim.
 
     Exit status: 0 all claims reproduced, 1 some not, 2 an error, 130 interrupted.
     """
+    if only_list:
+        click.echo(listing())
+        ctx.exit()
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        ctx.exit(ERROR)
 
 
 @reproduce.command()
@@ -140,5 +153,46 @@ def choose_options(ctx: click.Context, recorded: dict[str, Any], seeds: int, qui
     return Options(**values)
 
 
+@reproduce.command("all")
+@click.option("--quick", is_flag=True, help="Trials of every part: under three minutes on two cores.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs.  [default: runs/all-TIME]")
+@click.option("--resume", is_flag=True, help="Continue where a stopped run of all ended: that of --out, or the latest.")
+@click.pass_context
+def everything(ctx: click.Context, quick: bool, out: Path | None, resume: bool) -> int:
+    """Every experiment, one after the other, each in a folder of its own.
+
+    Inception and its ensemble run on the bundled MNIST here.
+    """
+    folder = out or (latest_folder("all") if resume else default_folder("all"))
+    statuses = {}
+    for entry in EXPERIMENTS:
+        click.echo(f"{entry.name}: {entry.claim}", err=True)
+        place = folder / entry.name
+        command = reproduce.get_command(ctx, entry.name)
+        assert command is not None
+        arguments = ["--out", str(place), *(["--quick"] if quick else [])]
+        arguments += ["--resume"] if resume and place.exists() else []
+        statuses[entry.name] = command.main(arguments, prog_name=entry.name, standalone_mode=False)
+    lines = [f"{name}: {'all claims reproduced' if not status else 'not all'}" for name, status in statuses.items()]
+    click.echo("\n".join(lines))
+    return max(statuses.values())
+
+
+def listing() -> str:
+    """Every experiment of the catalogue."""
+    blocks = []
+    for entry in EXPERIMENTS:
+        source = f"{entry.source}; {minutes(entry)} on two cores"
+        blocks.append(f"{entry.name}\n{indented(entry.claim)}\n{indented(source)}")
+    return "\n".join(blocks)
+
+
+def indented(text: str) -> str:
+    return textwrap.fill(text, PLAIN_WIDTH, initial_indent="    ", subsequent_indent="    ")
+
+
 reproduce.add_command(inception)
 reproduce.add_command(ensemble)
+for _entry in EXPERIMENTS:
+    if _entry.module is not None:
+        reproduce.add_command(study_command(_entry))

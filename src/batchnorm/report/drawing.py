@@ -77,6 +77,7 @@ class Panel:
     labels: Sequence[str]
     curves: list[Curve]
     draw: Callable[["Axes"], None]
+    axis: str = ""  # what the positions are, where the panels of a figure differ in it
 
 
 @dataclass(frozen=True)

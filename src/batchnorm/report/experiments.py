@@ -14,6 +14,8 @@ from batchnorm.report.inception_records import read_inception
 from batchnorm.report.mnist_page import mnist_contents
 from batchnorm.report.mnist_records import read_mnist
 from batchnorm.report.records import Records, Run, read_records
+from batchnorm.report.study_page import study_contents
+from batchnorm.report.study_records import read_study
 from batchnorm.report.text import clean
 
 
@@ -25,12 +27,14 @@ class Experiment:
     contents: Callable[[Any], Contents]
 
 
+STUDY = Experiment(read_study, study_contents)
 # By the name in config.json. A new experiment adds a line here. Its reader checks rows and claims (metrics.py,
 # fields.py) around what read_run checks for all; its contents are sections: figures (panels.py), tables (contents.py).
 EXPERIMENTS = {
     "mnist": Experiment(read_mnist, mnist_contents),
     "inception": Experiment(read_inception, inception_contents),
     "ensemble": Experiment(read_ensemble, ensemble_contents),
+    "outside-gradient": STUDY,
 }
 
 

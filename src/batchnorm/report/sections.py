@@ -36,12 +36,11 @@ def figure_section(
         ]
         shown = {"id": f"panel-{panel.name}", "svg": Markup(drawn.svg), "description": panel.description}
         shown |= {"inches": panel.width, "unlabelled": round(1 - panel.right / panel.width, 3)}
-        panels.append(shown | {"at": panel.labels[-1], "readings": readings})
+        panels.append(shown | {"axis": panel.axis or axis, "at": panel.labels[-1], "readings": readings})
     row = drawing.panels[: drawing.columns]
     content = {
         "id": name or drawing.name,
         "heading": heading,
-        "axis": axis,
         "columns": " ".join(f"minmax(0, {drawn.panel.width:g}fr)" for drawn in row),
         "panels": panels,
         "beside": len(panels) == 1,

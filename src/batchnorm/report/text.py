@@ -5,6 +5,7 @@ import math
 import unicodedata
 
 NAME_LIMIT = 300
+MOST_DECIMALS = 6
 NOTHING = "\N{EN DASH}"
 # Control, format (bidirectional overrides among them), surrogate and private characters; line and paragraph separators.
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -110,7 +111,9 @@ def estimate(mean: float | None, low: float | None, high: float | None) -> tuple
     if mean is None or low is None or high is None or missing(mean + low + high):
         return number(mean), ""
     width = abs(high - low) or abs(mean) / 100 or 1.0
-    decimals = min(max(1 - math.floor(math.log10(width)), 0), 6)
+    decimals = max(1 - math.floor(math.log10(width)), 0)
+    if decimals > MOST_DECIMALS:
+        return number(mean), f"{number(low)} to {number(high)}"
     mean_text, low_text, high_text = (f"{value:,.{decimals}f}" for value in (mean, low, high))
     return mean_text, f"{low_text} to {high_text}"
 
