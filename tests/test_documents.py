@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "benchmarks/results/2026-11-25-amd-epyc-2cpu.jsonl"
 MNIST = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu"
 EIGHT_SEEDS = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-lr1-8seeds"
+INCEPTION = ROOT / "results/inception/2026-11-25-amd-epyc-2cpu-small"
 SWEEP = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-sweep"
 
 
@@ -135,6 +136,20 @@ def test_readme_states_the_recorded_accuracies_and_costs():
     assert cost_sentence() in readme, cost_sentence()
 
 
+def inception_table() -> str:
+    claims = record(INCEPTION, "claims.json")
+    level = claims["baseline_accuracy"]
+    lines = [f"| network | learning rate | steps to {level:.2%} | best accuracy |", "|---|---|---|---|"]
+    for arm in claims["arms"]:
+        rate, steps, best = arm["learning_rate"], arm["steps_to_baseline"], arm["best_accuracy"]
+        lines.append(f"| {arm['arm']} | {rate:g} | {steps:,} | {best:.2%} |")
+    return "\n".join(lines)
+
+
+def test_docs_state_the_recorded_inception():
+    assert inception_table() in (ROOT / "docs/inception.md").read_text(), inception_table()
+
+
 def test_docs_state_the_recorded_sweep():
     assert sweep_table() in (ROOT / "docs/mnist.md").read_text(), sweep_table()
 
@@ -156,9 +171,9 @@ def test_readme_shows_a_figure_that_exists():
 
 
 def test_committed_pages_are_those_of_their_records(tmp_path):
-    for folder in (MNIST, EIGHT_SEEDS, SWEEP):
-        copy = tmp_path / folder.name
-        copy.mkdir()
+    for folder in sorted((ROOT / "results").glob("*/*/")):
+        copy = tmp_path / folder.parent.name / folder.name
+        copy.mkdir(parents=True)
         for path in folder.glob("*.json*"):
             (copy / path.name).write_bytes(path.read_bytes())
         write_report(copy)

@@ -16,7 +16,7 @@ SYMBOLS = {"reproduced": "\N{CHECK MARK}", "not reproduced": "\N{BALLOT X}", "no
 ASCII_SYMBOLS = {"reproduced": "+", "not reproduced": "x", "not comparable": "-"}
 STYLES = {"reproduced": "bold green", "not reproduced": "bold red", "not comparable": "bold"}
 PLAIN_WIDTH = 79
-STATEMENT_LIMIT, SHORT_LIMIT = 240, 80
+STATEMENT_LIMIT, RULE_LIMIT, SHORT_LIMIT = 240, 480, 80
 
 
 class VerdictTable:
@@ -105,7 +105,7 @@ def colored_table(claims: Sequence[Claim]) -> Table:
         verdict = claim["verdict"]
         mean, interval = measured(claim)
         words = Text(clean(claim["statement"], STATEMENT_LIMIT))
-        words.append(f"\n{clean(claim['rule'], STATEMENT_LIMIT)}", style="dim")
+        words.append(f"\n{clean(claim['rule'], RULE_LIMIT)}", style="dim")
         here = Text(mean)
         here.append(f"\n{interval}" if interval else "", style="dim")
         mark = Text(f"{SYMBOLS[verdict]} {verdict}", style=STYLES[verdict])
@@ -118,7 +118,7 @@ def plain_claim(claim: Claim) -> str:
     lines = [f"[{ASCII_SYMBOLS[claim['verdict']]}] {claim['verdict']}: {clean(claim['statement'], STATEMENT_LIMIT)}"]
     lines.append(f"    here:  {mean}" + (f" (95 % interval {interval})" if interval else ""))
     lines.append(f"    paper: {paper_number(claim)}")
-    lines.append(f"    rule:  {clean(claim['rule'], STATEMENT_LIMIT)}")
+    lines.append(f"    rule:  {clean(claim['rule'], RULE_LIMIT)}")
     return "\n".join(
         textwrap.fill(line, PLAIN_WIDTH, subsequent_indent="           " if i else "    ")
         for i, line in enumerate(lines)
