@@ -18,7 +18,10 @@ def small_run(*arguments: object) -> list[str]:
 
 
 def run_command(
-    command: list[str], cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    command: list[str],
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    patience: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
@@ -27,7 +30,7 @@ def run_command(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=patience,
     )
 
 

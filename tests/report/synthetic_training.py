@@ -199,3 +199,43 @@ def write_ensemble(folder: Path, count: int = 6) -> Path:
     }
     write(folder, "claims.json", claims)
     return folder
+
+
+def study_panel(name: str = "accuracy", **changes: Any) -> dict[str, Any]:
+    """A panel as in claims.json."""
+    lines = [
+        {"name": "BN", "x": [0, 100, 200], "y": [0.1, 0.9, 0.95], "low": [0.1, 0.8, 0.9], "high": [0.1, 0.95, 0.97]},
+        {"name": "plain", "x": [0, 200], "y": [0.1, None], "low": None, "high": None},
+    ]
+    record = {"name": name, "title": "Test accuracy", "x": "steps", "y": "accuracy", "lines": lines}
+    return record | {"x_log": False, "y_log": False} | changes
+
+
+def write_study(folder: Path, name: str = "outside-gradient", **changes: Any) -> Path:
+    """A finished study of two arms and two panels."""
+    arms = ("BN", "plain")
+    write_common(folder, name, {"steps": 200, "seeds": [0, 1]}, arms)
+    write_rows(folder, [{"arm": arm, "seed": seed, "step": 200, "loss": 1.0} for arm in arms for seed in (0, 1)])
+    batch_sizes = [{"name": "BN", "x": [2, 16, 512], "y": [1e-3, 0.2, 40.0], "low": None, "high": None}]
+    claims = {
+        "schema_version": 1,
+        "experiment": name,
+        "verdict": "reproduced",
+        "claims": [claim("bias-grows")],
+        "title": "Normalization outside the gradient",
+        "source": "Ioffe & Szegedy 2015, section 2",
+        "arms": list(arms),
+        "panels": [study_panel(), study_panel("noise", x="batch size", lines=batch_sizes, x_log=True, y_log=True)],
+        "tables": [
+            {
+                "name": "networks",
+                "heading": "The whole network",
+                "columns": ["Network", "gradient", "accuracy"],
+                "rows": [["BN", "inside", "95.00%"], ["plain", "none", "\N{EN DASH}"]],
+                "caption": "Means over the seeds.",
+            }
+        ],
+        "caption": "Lines are means over the seeds.",
+    }
+    write(folder, "claims.json", claims | changes)
+    return folder
