@@ -37,7 +37,12 @@ def whiten_by(input: Tensor, mean: Tensor, matrix: Tensor, weight: Tensor | None
     with torch.autocast(input.device.type, enabled=False):
         wide = widen(blocks)
         scaled = scaled_rows(matrix.to(wide.dtype), weight)
-        output = product(scaled, wide - mean.to(wide.dtype).view(groups, d, 1))
+        mean = mean.view(groups, d, 1)
+        rounded = mean.to(wide.dtype)
+        centered = (
+            wide - rounded if mean.dtype == wide.dtype else center(wide, rounded, (mean - rounded).to(wide.dtype))
+        )
+        output = product(scaled, centered)
         if bias is not None:
             output = output + bias.view(groups, d, 1)
     return from_blocks(output.to(input.dtype), input)
