@@ -7,6 +7,7 @@ from batchnorm.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNor
 from batchnorm.nn.masked import MaskedBatchNorm1d
 from batchnorm.nn.per_activation import PerActivationBatchNorm
 from batchnorm.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from batchnorm.nn.whitening import Whitening1d, Whitening2d, Whitening3d
 
 __all__ = [
     "BatchNorm1d",
@@ -26,5 +27,8 @@ __all__ = [
     "GhostBatchNorm3d",
     "MaskedBatchNorm1d",
     "PerActivationBatchNorm",
+    "Whitening1d",
+    "Whitening2d",
+    "Whitening3d",
     "explain",
 ]
