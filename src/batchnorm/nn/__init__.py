@@ -1,4 +1,4 @@
-"""The layers: drop-in for those of torch.nn, fused with the residual and the activation that follow; BN's relatives."""
+"""The layers: drop-in for those of torch.nn, fused with what follows them; BN's relatives; whitening."""
 
 from batchnorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, explain
 from batchnorm.nn.conditional import ConditionalBatchNorm1d, ConditionalBatchNorm2d, ConditionalBatchNorm3d
