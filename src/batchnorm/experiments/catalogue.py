@@ -27,5 +27,19 @@ EXPERIMENTS = (
         0.5,
         "batchnorm.experiments.outside_gradient",
     ),
+    Entry(
+        "whitening",
+        "Full whitening against BN: cost, training, singular covariances, and what its gradient is for",
+        f"{IOFFE}, 2 and 3",
+        3,
+        "batchnorm.experiments.whitening",
+    ),
+    Entry(
+        "batch-size",
+        "Batches of 2 to 512 with BN, Ghost BN and Batch Renorm, evaluated with running and population statistics",
+        "Ioffe 2017; Hoffer et al. 2017; Wu & Johnson 2021",
+        3,
+        "batchnorm.experiments.batch_size",
+    ),
 )
 BY_NAME = {entry.name: entry for entry in EXPERIMENTS}
