@@ -242,7 +242,8 @@ def growth_claim(rows: list[Row]) -> Claim:
 
 def effective_claim(rows: list[Row]) -> Claim:
     without, decayed = (
-        values_at_end(rows, at_rate(scaled(kind, 1.0), RATE), "effective_rate") for kind in (BN, DECAYED)
+        [RATE / size**2 for size in values_at_end(rows, at_rate(scaled(kind, 1.0), RATE), "size")]
+        for kind in (BN, DECAYED)
     )
     return claim(
         "effective-rate",
@@ -260,7 +261,7 @@ def forgotten_claim(rows: list[Row], options: Options) -> Claim:
     spreads = []
     for kind in (BN, DECAYED):
         columns = [values_at_end(rows, at_rate(scaled(kind, scale), RATE), "size") for scale in options.scales]
-        spreads.append([math.log10(max(sizes) / min(sizes)) for sizes in zip(*columns, strict=True)])
+        spreads.append([spread([math.log10(size) for size in sizes]) for sizes in zip(*columns, strict=True)])
     return claim(
         "scale-forgotten",
         "L2 sets the length of the weights, wherever they began.",
@@ -270,14 +271,19 @@ def forgotten_claim(rows: list[Row], options: Options) -> Claim:
         "without it",
         unit="powers of ten",
         detail=f"{shown(spreads[0])} without L2, {shown(spreads[1])} with it; "
-        f"{math.log10(max(options.scales) / min(options.scales)):g} before the training",
+        f"{spread([math.log10(scale) for scale in options.scales]):g} before the training",
         below=0.0,
     )
 
 
+def spread(values: Sequence[float]) -> float:
+    """Highest less lowest; NaN if there is one, which max and min would pass over."""
+    return max(values) - min(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def resilience_claim(rows: list[Row], way: str, plain: list[str], bn: list[str]) -> Claim:
     columns = [zip(*(accuracies(rows, name) for name in names), strict=True) for names in (plain, bn)]
-    without, normalized = ([max(values) - min(values) for values in seeds] for seeds in columns)
+    without, normalized = ([spread(values) for values in seeds] for seeds in columns)
     rates = "the one learning rate that is best for all scales" if way == "one rate" else "each scale's best rate"
     return claim(
         f"resilient-{way.replace(' ', '-')}",
