@@ -1,5 +1,6 @@
 """A network on MNIST, for the training loop: what the studies train."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist
+from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist, load_mnist
 from batchnorm.experiments.data.shuffling import Order
 from batchnorm.experiments.study import Outcome, Place
 from batchnorm.experiments.training import read_rows, train
 
 HIDDEN = (100, 100, 100)
 EVALUATION_BATCH = 1000
+
+
+@functools.cache
+def bundled_mnist() -> Mnist:
+    """Read once by each process, which a study of many short trainings would spend a third of its time on."""
+    return load_mnist()
 
 
 class MnistNetwork:

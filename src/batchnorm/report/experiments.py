@@ -37,6 +37,9 @@ EXPERIMENTS = {
     "outside-gradient": STUDY,
     "whitening": STUDY,
     "batch-size": STUDY,
+    "scale": STUDY,
+    "placement": STUDY,
+    "regularization": STUDY,
 }
 
 
