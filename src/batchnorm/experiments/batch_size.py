@@ -45,7 +45,7 @@ def conclude(rows: list[Row], options: Options) -> Conclusion:
         Panel("averages", "With running averages", "batch size", "test accuracy", lines(BY_AVERAGES), True),
         Panel(
             "population",
-            "Evaluated with population statistics",
+            "With population statistics",
             "batch size",
             "test accuracy",
             lines(BY_POPULATION),

@@ -1,14 +1,14 @@
 """The networks of the batch-size study: methods and batches, their training, and their evaluations."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.experiments.data.mnist import Mnist, load_mnist
-from batchnorm.experiments.mnist_network import MnistNetwork, mlp, normalized_by_batch
+from batchnorm.experiments.data.mnist import Mnist
+from batchnorm.experiments.learning_rates import each_rate
+from batchnorm.experiments.mnist_network import MnistNetwork, bundled_mnist, mlp, normalized_by_batch
 from batchnorm.experiments.study import Outcome, Place
 from batchnorm.nn import BatchNorm1d, BatchRenorm1d, GhostBatchNorm1d
 from batchnorm.statistics import recalibrate
@@ -99,17 +99,12 @@ def network(seed: int, options: Options, arm: Arm) -> nn.Sequential:
     return mlp(seed, block, init_std=options.init_std)
 
 
-@functools.cache
-def data() -> Mnist:
-    return load_mnist()
-
-
 def parts(options: Options) -> tuple[Mnist, Mnist]:
     """Training and test images, and validation images with the same test images."""
-    last = options.train_images + options.validation_images
-    test = data().test_images[: options.test_images], data().test_labels[: options.test_images]
+    data, last = bundled_mnist(), options.train_images + options.validation_images
+    test = data.test_images[: options.test_images], data.test_labels[: options.test_images]
     training, validation = (
-        Mnist(data().train_images[part], data().train_labels[part], *test, data().scale)
+        Mnist(data.train_images[part], data.train_labels[part], *test, data.scale)
         for part in (slice(options.train_images), slice(options.train_images, last))
     )
     return training, validation
@@ -120,12 +115,7 @@ def run(arm: str, seed: int, options: Options, place: Place) -> Outcome:
         return measure_noise(seed, options)
     rows, timing = [], None
     chosen, steps = ARMS[arm], steps_of(ARMS[arm], options)
-    for i, rate in enumerate(options.rates):
-
-        def progress(done: int, before: int = i) -> None:
-            place.on_progress(round(options.steps * (before + done / steps) / len(options.rates)))
-
-        part = place._replace(name=f"{place.name}-rate{rate:g}", on_progress=progress)
+    for rate, part in each_rate(place, options.rates, steps=steps, shown=options.steps):
         task = MnistNetwork(
             network(seed, options, chosen),
             parts(options)[0],
@@ -205,11 +195,11 @@ def accuracy(found: Tensor, labels: Tensor) -> float:
 def measure_noise(seed: int, options: Options) -> Outcome:
     """How mean and variance of a batch scatter: of the first BN layer's input, before training."""
     first = network(seed, options, Arm(BN, REFERENCE)).get_submodule("0.0")
-    generator = torch.Generator().manual_seed(seed)
+    data, generator = bundled_mnist(), torch.Generator().manual_seed(seed)
     rows = []
     for batch in BATCHES:
-        drawn = torch.randint(len(data().train_labels), (options.noise_batches, batch), generator=generator)
-        values = [first(data().inputs(data().train_images[chosen])).double() for chosen in drawn]
+        drawn = torch.randint(len(data.train_labels), (options.noise_batches, batch), generator=generator)
+        values = [first(data.inputs(data.train_images[chosen])).double() for chosen in drawn]
         means = torch.stack([x.mean(0) for x in values])
         variances = torch.stack([x.var(0) for x in values])
         var = variances.mean(0)

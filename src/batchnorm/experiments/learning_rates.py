@@ -1,8 +1,8 @@
 """Arms at several learning rates: every arm of a study is compared at its own best one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from batchnorm.experiments.study import Line, Row, line, values_at_end
+from batchnorm.experiments.study import Line, Place, Row, line, values_at_end
 
 WORD = ", rate "
 
@@ -21,6 +21,19 @@ def split_rate(name: str) -> tuple[str, float]:
     """Arm and learning rate of a name by :func:`at_rate`."""
     arm, rate = name.rsplit(WORD, 1)
     return arm, float(rate)
+
+
+def each_rate(place: Place, rates: Sequence[float], *, steps: int, shown: int) -> Iterator[tuple[float, Place]]:
+    """For a job of a training per rate, of so many steps each: the rates, and where each of them is trained.
+
+    The job reports the progress of all of them, as a part of the steps that are ``shown`` for a job.
+    """
+    for i, rate in enumerate(rates):
+
+        def report(done: int, before: int = i) -> None:
+            place.on_progress(round(shown * (before + done / steps) / len(rates)))
+
+        yield rate, place._replace(name=f"{place.name}-rate{rate:g}", on_progress=report)
 
 
 def accuracies(rows: Iterable[Row], name: str) -> list[float]:
