@@ -55,7 +55,7 @@ def check_momentum(momentum: object) -> None:
 
 
 def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
-    num_features, dtype, device = 0 if input.dim() < 2 else input.shape[1], input.dtype, input.device
+    num_features = 0 if input.dim() < 2 else input.shape[1]
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -66,13 +66,17 @@ def check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
                 f"{name} should contain {num_features} elements not {tensor.numel()}: "
                 f"expected shape ({num_features},), got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != dtype and not (dtype in HALF and tensor.dtype == torch.float32):
-            raise RuntimeError(f"mixed dtype: {name} is {tensor.dtype}, but the input is {dtype}")
-        if tensor.device != device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {name} is on {tensor.device} "
-                f"and the input on {device}"
-            )
+        check_dtype_and_device(input, name, tensor)
+
+
+def check_dtype_and_device(input: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.dtype != input.dtype and not (input.dtype in HALF and tensor.dtype == torch.float32):
+        raise RuntimeError(f"mixed dtype: {name} is {tensor.dtype}, but the input is {input.dtype}")
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} is on {tensor.device} "
+            f"and the input on {input.device}"
+        )
 
 
 def of_one_dtype(*tensors: Tensor | None) -> bool:

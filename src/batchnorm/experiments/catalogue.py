@@ -37,5 +37,40 @@ EXPERIMENTS = (
         0.5,
         "batchnorm.experiments.outside_gradient",
     ),
+    Entry(
+        "whitening",
+        "Full whitening against BN: cost, training, singular covariances, and what its gradient is for",
+        f"{IOFFE}, 2 and 3",
+        3,
+        "batchnorm.experiments.whitening",
+    ),
+    Entry(
+        "batch-size",
+        "Batches of 2 to 512 with BN, Ghost BN and Batch Renorm, evaluated with running and population statistics",
+        "Ioffe 2017; Hoffer et al. 2017; Wu & Johnson 2021",
+        3,
+        "batchnorm.experiments.batch_size",
+    ),
+    Entry(
+        "scale",
+        "BN does not see the scale of weights: identities, growth of |W|, accuracy over the initial scale",
+        f"{IOFFE}, section 3.3; van Laarhoven 2017",
+        3,
+        "batchnorm.experiments.scale",
+    ),
+    Entry(
+        "placement",
+        "BN before or after the nonlinearity, with and without bias, gamma and beta",
+        f"{IOFFE}, sections 3 and 3.2",
+        3,
+        "batchnorm.experiments.placement",
+    ),
+    Entry(
+        "regularization",
+        "BN against Dropout and L2: what is left for them to do",
+        f"{IOFFE}, sections 3.4 and 4.2.1",
+        3,
+        "batchnorm.experiments.regularization",
+    ),
 )
 BY_NAME = {entry.name: entry for entry in EXPERIMENTS}

@@ -1,20 +1,28 @@
 """A network on MNIST, for the training loop: what the studies train."""
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist
+from batchnorm.experiments.data.mnist import CLASSES, PIXELS, Mnist, load_mnist
 from batchnorm.experiments.data.shuffling import Order
 from batchnorm.experiments.study import Outcome, Place
 from batchnorm.experiments.training import read_rows, train
 
 HIDDEN = (100, 100, 100)
 EVALUATION_BATCH = 1000
+
+
+@functools.cache
+def bundled_mnist() -> Mnist:
+    """Read once by each process, which a study of many short trainings would spend a third of its time on."""
+    return load_mnist()
 
 
 class MnistNetwork:
@@ -86,6 +94,24 @@ class MnistNetwork:
         self.name = place.name
         timing = train(self, place.folder, on_progress=place.on_progress, should_stop=place.should_stop)
         return Outcome(list(read_rows(place.folder / f"{place.name}.jsonl")), timing)
+
+
+@contextmanager
+def normalized_by_batch(model: nn.Module) -> Iterator[None]:
+    """In training mode, but running statistics are neither used nor changed, and there are no gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    layers = [module for module, _ in modes if getattr(module, "track_running_stats", False)]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        model.train()
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+        for module, training in modes:
+            module.training = training
 
 
 def mlp(

@@ -24,10 +24,14 @@ Row = dict[str, Any]
 
 
 class Outcome(NamedTuple):
-    """What one arm and seed gave: rows of the metrics, and where the time of its steps went, if it was trained."""
+    """What one arm and seed gave: rows of the metrics, and where the time of its steps went, if it was trained.
+
+    ``steps``: how many these were, if not those of the options.
+    """
 
     rows: list[Row]
     timing: Timing | None = None
+    steps: int | None = None
 
 
 class Place(NamedTuple):
@@ -178,7 +182,7 @@ def run_all(
     arms = {}
     for (arm, _), outcome in zip(pairs, outcomes.values(), strict=True):
         if outcome.timing is not None and arm not in arms:
-            arms[arm] = describe_timing(outcome.timing, options.steps, 1)
+            arms[arm] = describe_timing(outcome.timing, outcome.steps or options.steps, 1)
     spent = [sum(outcome.timing) for outcome in outcomes.values() if outcome.timing is not None]
     # a resumed run took longer than this session
     seconds = max(time.perf_counter() - started, sum(spent) / workers)

@@ -68,13 +68,30 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             momentum, num_batches_tracked = 0.0, None
         elif momentum is None:
             momentum = self.cumulative_momentum()
+        return self.train_and_track(
+            input, weight, bias, residual, running_mean, running_var, momentum, num_batches_tracked, choice
+        )
+
+    def train_and_track(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        num_batches_tracked: Tensor | None,
+        choice: Choice,
+    ) -> Tensor:
+        """What a forward does where it normalizes by its batch; None stands for what is not tracked."""
         return train_and_track(
             input,
             weight,
             bias,
             residual,
             self.eps,
-            activation,
+            self.activation,
             running_mean,
             running_var,
             momentum,
@@ -97,13 +114,13 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             # parametrized, or replaced by something else
             return [getattr(self, name) for name in STATE]
 
-    def traced(self, input: Any, residual: Any) -> Any:
+    def traced(self, input: Any, residual: Any, **named: Any) -> Any:
         """One ``call_module`` node in a graph of torch.fx, as torch.nn's layers are."""
         if not isinstance(input, torch.fx.Proxy):
             raise TypeError(f"input must be Tensor, not {type(input).__name__}")
         tracer = input.tracer
         arguments = (input,) if residual is None else (input, residual)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})  # pyright: ignore[reportAttributeAccessIssue]
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, named)  # pyright: ignore[reportAttributeAccessIssue]
 
     def cumulative_momentum(self) -> Tensor | float:
         """The weight that makes the running statistics the average over all batches, this one included."""
@@ -211,7 +228,7 @@ def explain(layer: torch.nn.Module, input: Tensor) -> Choice:
         ``(implementation, reason)``.
 
     Raises:
-        TypeError: the layer is not one of ``batchnorm.nn``.
+        TypeError: the layer is not one of ``batchnorm.nn``, or holds the one that normalizes.
         ValueError: the input has the wrong number of dimensions for the layer.
 
     Example:
@@ -220,6 +237,7 @@ def explain(layer: torch.nn.Module, input: Tensor) -> Choice:
         Choice(implementation='kernel', reason='one pass over the input, compiled for this processor')
     """
     if not isinstance(layer, FusedBatchNorm):
-        raise TypeError(f"expected a layer of batchnorm.nn, got {type(layer).__module__}.{type(layer).__qualname__}")
+        got = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise TypeError(f"expected a layer of batchnorm.nn that normalizes by itself, got {got}")
     layer._check_input_dim(input)
     return choose(layer.implementation, input, training=layer.normalizes_by_batch)

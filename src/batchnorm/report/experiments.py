@@ -35,6 +35,11 @@ EXPERIMENTS = {
     "inception": Experiment(read_inception, inception_contents),
     "ensemble": Experiment(read_ensemble, ensemble_contents),
     "outside-gradient": STUDY,
+    "whitening": STUDY,
+    "batch-size": STUDY,
+    "scale": STUDY,
+    "placement": STUDY,
+    "regularization": STUDY,
 }
 
 

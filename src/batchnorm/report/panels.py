@@ -151,10 +151,15 @@ def draw_ends(axes: "Axes", lines: Lines) -> None:
 
 def label_ends(axes: "Axes", labels: Sequence[Label]) -> None:
     """Names at the right, each led to by a piece of its line, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
+    bottom, top = axes.get_ylim()
     width, height = axes.bbox.width / axes.figure.dpi, axes.bbox.height / axes.figure.dpi
-    ends = [min(max(label.y, low), high) for label in labels]
-    for label, y, place in zip(labels, ends, spread(ends, LABEL_GAP / height * (high - low), low, high), strict=True):
+    # apart as they are drawn: on a logarithmic axis, of logarithms
+    scale = axes.yaxis.get_transform()
+    low, high = map(float, scale.transform((bottom, top)))
+    ends = [min(max(label.y, bottom), top) for label in labels]
+    drawn = [float(place) for place in scale.transform(ends)]
+    places = scale.inverted().transform(spread(drawn, LABEL_GAP / height * (high - low), low, high))
+    for label, y, place in zip(labels, ends, places, strict=True):
         axes.plot(
             [1, 1 + LEADER / width],
             [y, place],

@@ -1,5 +1,6 @@
-"""Everything that happens to running statistics outside the layers."""
+"""Everything that happens to running statistics outside the layers, and whitening of a whole data set."""
 
 from batchnorm.statistics.recalibrate import Recalibration, recalibrate
+from batchnorm.statistics.whitening import DatasetWhitening, whiten_dataset
 
-__all__ = ["Recalibration", "recalibrate"]
+__all__ = ["DatasetWhitening", "Recalibration", "recalibrate", "whiten_dataset"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batchnorm.nn import MaskedBatchNorm1d
 from batchnorm.reference import batch_mean, batch_var, values_per_channel, var_unbiased
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -50,8 +51,19 @@ class Moments:
         return self.mean, self.squares / max(self.count - 1, 1)
 
 
+def call_with_input(model: nn.Module, item: Any) -> Any:
+    """An item of most loaders is an input, or begins with it."""
+    return model(item[0] if isinstance(item, (tuple, list)) else item)
+
+
 @torch.no_grad()
-def recalibrate(model: nn.Module, loader: Iterable[Any], *, estimator: str = "pooled") -> Recalibration:
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    estimator: str = "pooled",
+    call: Callable[[nn.Module, Any], Any] = call_with_input,
+) -> Recalibration:
     r"""Measure population statistics on data and store them as the running statistics of every BN layer.
 
     The weights stay as they are. While measuring, BN layers normalize by their batches (as in training) and every
@@ -59,10 +71,12 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, estimator: str = "po
 
     Args:
         model: holds BN layers of ``torch.nn`` or ``batchnorm.nn`` that track running statistics.
-        loader: yields inputs, or tuples whose first element is the input.
+        loader: yields inputs, or tuples whose first element is the input, or whatever ``call`` takes.
         estimator: "pooled" takes all values as one population (law of total variance; unequal batches count by
             their size). "paper" is Algorithm 2's: :math:`E[x] = E_B[\mu_B]`,
             :math:`Var[x] = \frac{m}{m-1} E_B[\sigma_B^2]`, every batch counting alike.
+        call: runs the model on an item, where it takes more than an input, such as a mask, labels or a domain:
+            ``lambda model, item: model(item[0], mask=item[1])``.
 
     Returns:
         :class:`Recalibration`.
@@ -95,7 +109,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, estimator: str = "po
     with measuring(model, layers) as moments:
         batches = 0
         for item in loader:
-            model(item[0] if isinstance(item, (tuple, list)) else item)
+            call(model, item)
             batches += 1
     if batches == 0:
         raise ValueError("the loader yielded nothing, so the running statistics stay as they were")
@@ -133,10 +147,13 @@ def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Mo
 
 
 def measure(moments: Moments) -> Callable[..., None]:
-    """A hook that adds the input of a layer, given by position or by name."""
+    """A hook that adds the input of a layer, given by position or by name; of a masked layer, what is valid."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        moments.add(args[0] if args else kwargs["input"])
+        if isinstance(layer, MaskedBatchNorm1d):
+            moments.add(layer.valid_values(*args, **kwargs))
+        else:
+            moments.add(args[0] if args else kwargs["input"])
 
     return hook
 

@@ -25,7 +25,7 @@ def is_batch_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
     name = getattr(module, "original_name", type(module).__name__)
-    return "BatchNorm" in name and not any(is_batch_norm(child) for child in module.children())
+    return "BatchNorm" in name and not any(is_batch_norm(inner) for inner in module.modules() if inner is not module)
 
 
 def class_of_ours(layer: nn.Module) -> type | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.nn import BatchNorm1d, BatchNorm2d
+from batchnorm.nn import BatchNorm2d, PerActivationBatchNorm
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
@@ -84,17 +84,6 @@ class Layer(NamedTuple):
         deep = in_features * DEPTH_MULTIPLIER
         by_depth = nn.Conv2d(in_features, deep, size, stride, padding=size // 2, groups=in_features, bias=False)
         return self.after(features, by_depth, nn.Conv2d(deep, features, 1, bias=not self.batch_norm))
-
-
-class PerActivationBatchNorm(nn.Module):
-    """A mean, a variance, a gamma and a beta for every activation instead of every feature map (section 3.2)."""
-
-    def __init__(self, features: int, size: int, activation: str) -> None:
-        super().__init__()
-        self.norm = BatchNorm1d(features * size * size, activation=activation)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.norm(input.flatten(1)).view(input.shape)
 
 
 class InceptionModule(nn.Module):
@@ -232,7 +221,8 @@ def normalize_each_activation(module: nn.Module, size: int) -> None:
     for block in list(module.modules()):
         for name, layer in list(block.named_children()):
             if isinstance(layer, BatchNorm2d) and layer.activation is not None:
-                block.add_module(name, PerActivationBatchNorm(layer.num_features, size, layer.activation))
+                shape = (layer.num_features, size, size)
+                block.add_module(name, PerActivationBatchNorm(shape, activation=layer.activation))
 
 
 def initialize(module: nn.Module) -> None:
