@@ -321,9 +321,9 @@ STUDY = Study(
     options=Options(),
     quick={"steps": 40, "seeds": (0, 1), "rates": (0.3,), "evaluations": 1},
     notes=(
-        "The paper reports Inception on ImageNet: Dropout removed and L2 divided by 5 together with five other changes. "
-        "Here: the network of its section 4.1 with ReLUs, on 2,000 training images so "
-        "that it overfits, another 2,000 for every seed, all 10,000 test images.",
+        "The paper reports Inception on ImageNet: Dropout removed and L2 divided by 5 together with five other "
+        "changes. Here: the network of its section 4.1 with ReLUs, on 2,000 training images so that it overfits, "
+        "others for every seed, and all 10,000 test images.",
         "Dropout follows every hidden layer with 0.4, as in Inception, or 0.1, as in some networks of the paper's "
         "ensemble. L2 is SGD's weight decay of 0.001 or 0.005 on all weights, not on biases, gamma and beta.",
         "Each variant is compared at the best of the learning rates 0.03, 0.1, 0.3 and 1 by its mean test accuracy, "
