@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.nn import MaskedBatchNorm1d
-from batchnorm.reference import batch_mean, batch_var, values_per_channel, var_unbiased
+from batchnorm.nn.whitening import Whitening
+from batchnorm.statistics.moments import Moments
 
-BatchNorm = torch.nn.modules.batchnorm._BatchNorm
-ESTIMATORS = ("pooled", "paper")
+LAYERS = (torch.nn.modules.batchnorm._BatchNorm, Whitening)
+ESTIMATORS: dict[str, Callable[[Moments], tuple[Tensor, Tensor]]] = {
+    "pooled": Moments.pooled,
+    "paper": Moments.averaged,
+}
 
 
 class Recalibration(NamedTuple):
@@ -19,36 +23,6 @@ class Recalibration(NamedTuple):
 
     counts: dict[str, int]
     not_reached: list[str]
-
-
-class Moments:
-    """Running merge of the moments of one layer's batches, in float64 (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self.count = 0
-        self.mean = self.squares = self.sum_of_means = self.sum_of_vars = torch.zeros((), dtype=torch.float64)
-
-    def add(self, input: Tensor) -> None:
-        count = values_per_channel(input)
-        if count == 0:
-            return
-        wide = input.detach().double()
-        mean = batch_mean(wide)
-        var = batch_var(wide, mean)
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + var * count + delta.square() * (self.count * count / total)
-        self.sum_of_means = self.sum_of_means + mean
-        self.sum_of_vars = self.sum_of_vars + (var_unbiased(var, count) if count > 1 else var)
-        self.count = total
-        self.batches += 1
-
-    def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
-        if estimator == "paper":
-            return self.sum_of_means / self.batches, self.sum_of_vars / self.batches
-        return self.mean, self.squares / max(self.count - 1, 1)
 
 
 def call_with_input(model: nn.Module, item: Any) -> Any:
@@ -70,11 +44,12 @@ def recalibrate(
     other layer evaluates, so dropout is off. Buffers are written at the end, all together, in place.
 
     Args:
-        model: holds BN layers of ``torch.nn`` or ``batchnorm.nn`` that track running statistics.
+        model: holds BN layers of ``torch.nn`` or ``batchnorm.nn``, or whitening layers, that track running statistics.
         loader: yields inputs, or tuples whose first element is the input, or whatever ``call`` takes.
         estimator: "pooled" takes all values as one population (law of total variance; unequal batches count by
             their size). "paper" is Algorithm 2's: :math:`E[x] = E_B[\mu_B]`,
-            :math:`Var[x] = \frac{m}{m-1} E_B[\sigma_B^2]`, every batch counting alike.
+            :math:`Var[x] = \frac{m}{m-1} E_B[\sigma_B^2]`, every batch counting alike. Covariances of whitening
+            layers are estimated likewise.
         call: runs the model on an item, where it takes more than an input, such as a mask, labels or a domain:
             ``lambda model, item: model(item[0], mask=item[1])``.
 
@@ -102,7 +77,7 @@ def recalibrate(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BatchNorm) and module.running_mean is not None and module.running_var is not None
+        if isinstance(module, LAYERS) and module.running_mean is not None and spread_of(module) is not None
     }
     if not layers:
         raise ValueError("the model has no batch normalization layer with running statistics")
@@ -113,7 +88,7 @@ def recalibrate(
             batches += 1
     if batches == 0:
         raise ValueError("the loader yielded nothing, so the running statistics stay as they were")
-    estimates = {name: measured.estimate(estimator) for name, measured in moments.items() if measured.count}
+    estimates = {name: ESTIMATORS[estimator](measured) for name, measured in moments.items() if measured.count}
     for name, (mean, var) in estimates.items():
         if not (mean.isfinite().all() and var.isfinite().all()):
             raise ValueError(f"layer {name!r} received inf or NaN, so the running statistics stay as they were")
@@ -128,7 +103,7 @@ def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Mo
     """Evaluation mode, but with BN layers that normalize by their batches and whose inputs are measured."""
     modes = [(module, module.training) for module in model.modules()]
     tracks = [(layer, layer.track_running_stats) for layer in layers.values()]
-    moments = {name: Moments() for name in layers}
+    moments = {name: moments_of(layer) for name, layer in layers.items()}
     hooks = []
     try:
         model.eval()
@@ -146,6 +121,15 @@ def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Mo
             module.training = training
 
 
+def moments_of(layer: nn.Module) -> Moments:
+    return Moments((layer.group_size or layer.num_features) if isinstance(layer, Whitening) else None)
+
+
+def spread_of(layer: Any) -> Tensor | None:
+    """The running variance, or of a whitening layer the running covariance."""
+    return layer.running_cov if isinstance(layer, Whitening) else layer.running_var
+
+
 def measure(moments: Moments) -> Callable[..., None]:
     """A hook that adds the input of a layer, given by position or by name; of a masked layer, what is valid."""
 
@@ -158,8 +142,10 @@ def measure(moments: Moments) -> Callable[..., None]:
     return hook
 
 
-def store(layer: Any, mean: Tensor, var: Tensor, batches: int) -> None:
+def store(layer: Any, mean: Tensor, spread: Tensor, batches: int) -> None:
     layer.running_mean.copy_(mean)
-    layer.running_var.copy_(var)
+    running = spread_of(layer)
+    assert running is not None
+    running.copy_(spread)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.fill_(batches)

@@ -10,8 +10,8 @@ from torch import Tensor
 from batchnorm._ops.whiten import check_group_size, check_method
 from batchnorm._ops.whitening_autograd import whiten_by
 from batchnorm._ops.whitening_matrix import whitening_matrix
-from batchnorm.reference import batch_mean, covariance, values_per_channel
-from batchnorm.relatives.whitening import shrink, values_of_groups
+from batchnorm.relatives.whitening import shrink
+from batchnorm.statistics.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def whiten_dataset(
         True
     """
     how = check_method(method, eps, iterations, shrinkage, training=False)
-    mean, cov, count = moments([data] if isinstance(data, Tensor) else data, group_size)
+    mean, cov, count = measure([data] if isinstance(data, Tensor) else data, group_size)
     if not (mean.isfinite().all() and cov.isfinite().all()):
         raise ValueError("the data has inf or NaN: leave these samples out")
     d = cov.shape[-1]
@@ -94,25 +94,17 @@ def whiten_dataset(
     return DatasetWhitening(mean, cov, whitening_matrix(cov, how)[0], count)
 
 
-def moments(batches: Iterable[Any], group_size: int | None) -> tuple[Tensor, Tensor, int]:
+def measure(batches: Iterable[Any], group_size: int | None) -> tuple[Tensor, Tensor, int]:
     """Mean, unbiased covariance of each group, and count, of all batches together."""
-    mean = squares = torch.zeros((), dtype=torch.float64)
-    total = 0
+    moments: Moments | None = None
     for item in batches:
         batch = item[0] if isinstance(item, (tuple, list)) else item
-        wanted = len(mean) if total else "C"
+        wanted = "C" if moments is None or not moments.count else len(moments.mean)
         if batch.dim() < 2 or wanted not in ("C", batch.shape[1]):
             raise ValueError(f"expected batches of size (N, {wanted}, *), got {tuple(batch.shape)}")
-        count = values_per_channel(batch)
-        if count == 0:
-            continue
-        wide, d = batch.double(), check_group_size(batch.shape[1], group_size)
-        delta = batch_mean(wide) - mean
-        by_group = delta.view(-1, d, 1)
-        covs = torch.stack([covariance(group) for group in values_of_groups(wide, d)])
-        squares = squares + count * (covs + by_group @ by_group.mT * (total / (total + count)))
-        total += count
-        mean = mean + delta * (count / total)
-    if total < 2:
-        raise ValueError(f"a covariance needs at least 2 values per feature, but the data has {total}")
-    return mean, squares / (total - 1), total
+        moments = moments or Moments(check_group_size(batch.shape[1], group_size))
+        moments.add(batch)
+    count = moments.count if moments else 0
+    if moments is None or count < 2:
+        raise ValueError(f"a covariance needs at least 2 values per feature, but the data has {count}")
+    return *moments.pooled(), count
