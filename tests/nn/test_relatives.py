@@ -204,3 +204,14 @@ def test_only_one_running_statistic_is_refused_untouched(kind):
         kind.call(layer, torch.randn(4, 3, 4))
     assert not kind.norm(layer).running_mean.any()
     assert kind.norm(layer).num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "masked"])
+def test_whole_graph_compiles(name):
+    kind = KINDS[name]
+    layer, again = kind.make(3), kind.make(3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for training in (True, True, False):
+        x = torch.randn(4, 3, 4)
+        torch.testing.assert_close(kind.call(compiled.train(training), x), kind.call(again.train(training), x))
+    torch.testing.assert_close(state(layer), state(again))

@@ -1,7 +1,5 @@
 """Batch Renormalization: corrected towards the running statistics, as far as the step allows."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,13 +183,3 @@ def test_gradients_are_those_of_finite_differences_where_all_is_clipped():
     x = (torch.randn(5, 2, dtype=torch.float64) + 50).requires_grad_()
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
-
-
-def test_whole_graph_compiles():
-    layer = BatchRenorm2d(3, **AT_ONCE)
-    again = copy.deepcopy(layer)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        x = torch.randn(4, 3, 2, 2)
-        torch.testing.assert_close(compiled(x), again(x))
-    assert layer.schedule_step == 2
