@@ -33,6 +33,8 @@ def worker(rank: int, folder: str) -> None:
         home.__name__: train(torch.nn.Sequential(copy.deepcopy(linear), home.BatchNorm1d(3)), rank)
         for home in (batchnorm.nn, torch.nn)
     }
+    layers = batchnorm.nn.GhostBatchNorm1d(3, ghost_batch_size=2), batchnorm.nn.BatchRenorm1d(3)
+    results["relatives"] = train(torch.nn.Sequential(copy.deepcopy(linear), *layers), rank)
     torch.save(results, f"{folder}/{rank}.pt")
     # a rank that leaves first closes connections the other may still read from
     dist.barrier()
@@ -45,5 +47,7 @@ def test_data_parallel_gradients_and_buffers_equal_torchs(tmp_path: Path):
     for results in ranks:
         torch.testing.assert_close(results["batchnorm.nn"], results["torch.nn"])
         assert results["batchnorm.nn"]["1.num_batches_tracked"] == STEPS
-    grads = [{k: v for k, v in results["batchnorm.nn"].items() if k.endswith("grad")} for results in ranks]
-    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+        assert results["relatives"]["2.schedule_step"] == STEPS
+    for name in ("batchnorm.nn", "relatives"):
+        grads = [{k: v for k, v in results[name].items() if k.endswith("grad")} for results in ranks]
+        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)

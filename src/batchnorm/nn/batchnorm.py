@@ -238,6 +238,6 @@ def explain(layer: torch.nn.Module, input: Tensor) -> Choice:
     """
     if not isinstance(layer, FusedBatchNorm):
         got = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        raise TypeError(f"expected a layer of batchnorm.nn that normalizes by itself, got {got}")
+        raise TypeError(f"expected a normalizing layer of batchnorm.nn, got {got}")
     layer._check_input_dim(input)
     return choose(layer.implementation, input, training=layer.normalizes_by_batch)

@@ -17,7 +17,8 @@ class MaskedBatchNorm1d(BatchNorm1d):
     variance multiplied by m / (m - 1). Evaluation: the running statistics normalize. Frozen: as
     :class:`BatchNorm1d`. In all of them the output is 0 where the mask is False, whatever stands there (NaN too),
     and no gradient goes there. A mask without a valid value is an empty batch: the output is 0 and nothing changes.
-    Without a mask everything is valid.
+    Without a mask everything is valid. Under torch.compile a masked call breaks the graph: the number of valid values
+    depends on the data.
 
     Args:
         num_features: C. All arguments are those of :class:`BatchNorm1d`.

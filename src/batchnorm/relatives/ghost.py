@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from batchnorm.reference import TrainOutput, batch_mean, batch_norm_train, batch_var, values_per_channel, widen
+from batchnorm.reference import TrainOutput, batch_norm_train, pooled_statistics
 
 
 def ghost_sizes(batch_size: int, ghost_batch_size: int) -> list[int]:
@@ -23,13 +23,14 @@ def ghost_batch_norm_train(
     r"""Normalize each part :math:`B_j` of a batch by its own statistics: :math:`y_i = BN_{\gamma,\beta}(x_i; B_j)`.
 
     As :func:`batchnorm.reference.batch_norm_train`; gamma and beta are shared. The statistics that are returned are
-    those of the whole batch: what running averages receive.
+    those of all parts together, by the law of total variance: what running averages receive.
 
     Source:
         Hoffer, Hubara & Soudry 2017 (arXiv:1705.08741), Algorithm 1. There running averages receive the parts one
-        after the other; here their union, once per step.
+        after the other; here all together, once per step.
     """
-    parts = x.split(ghost_sizes(len(x), ghost_batch_size))
-    output = torch.cat([batch_norm_train(part, weight, bias, eps=eps).output for part in parts])
-    mean = batch_mean(widen(x))
-    return TrainOutput(output, mean, batch_var(widen(x), mean), values_per_channel(x))
+    parts = [batch_norm_train(part, weight, bias, eps=eps) for part in x.split(ghost_sizes(len(x), ghost_batch_size))]
+    outputs, means, variances, counts = zip(*parts, strict=True)
+    mean, var_unbiased = pooled_statistics(means, variances, counts)
+    count = sum(counts)
+    return TrainOutput(torch.cat(outputs), mean, var_unbiased * ((count - 1) / count), count)

@@ -83,6 +83,7 @@ def batch_renorm_train(
         here the root of the running variance, which is unbiased, so that evaluation and checkpoints are BN's.
 
     Example:
+        >>> import torch
         >>> x, limits = torch.tensor([[4.0], [6.0]]), Limits(3.0, 5.0)
         >>> batch_renorm_train(x, torch.tensor([2.0]), torch.tensor([4.0]), limits, eps=0.0).output.flatten()
         tensor([1., 2.])
