@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.relatives import whitening
 
-# Relative to the largest eigenvalue. Gaps below it are rounding, which leaves 1e-14 where a covariance has zeros
+# Relative to the largest eigenvalue. Smaller gaps are rounding, which leaves 1e-15 where a covariance has zeros
 SMALLEST_GAP = 1e-12
 
 Derivative = Callable[[Tensor], Tensor]
