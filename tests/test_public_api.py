@@ -28,7 +28,7 @@ PUBLIC = [
     for package in PACKAGES
     for name in importlib.import_module(package).__all__
     if shows_an_example(getattr(importlib.import_module(package), name))
-] + [("batchnorm.functional", name) for name in ("batch_norm", "batch_norm_train", "batch_norm_inference")]
+] + [("batchnorm.functional", name) for name in ("batch_norm", "batch_norm_train", "batch_norm_inference", "whiten")]
 LAYERS = [value for value in vars(batchnorm.nn).values() if isinstance(value, type)]
 
 
@@ -60,7 +60,8 @@ def test_every_error_is_a_batch_norm_error():
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda cls: cls.__name__)
 def test_layer_prints_copies_and_pickles(layer):
-    one = layer(3, momentum=None, activation="relu", bias=False)
+    own = {"method": "cholesky"} if layer.__name__.startswith("Whitening") else {"activation": "relu"}
+    one = layer(3, momentum=None, bias=False, **own)
     assert repr(one).startswith(f"{layer.__name__}(3, eps=1e-05, momentum=None, affine=True, bias=False")
     for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert repr(again) == repr(one)

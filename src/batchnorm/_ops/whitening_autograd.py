@@ -37,12 +37,7 @@ def whiten_by(input: Tensor, mean: Tensor, matrix: Tensor, weight: Tensor | None
     with torch.autocast(input.device.type, enabled=False):
         wide = widen(blocks)
         scaled = scaled_rows(matrix.to(wide.dtype), weight)
-        mean = mean.view(groups, d, 1)
-        rounded = mean.to(wide.dtype)
-        centered = (
-            wide - rounded if mean.dtype == wide.dtype else center(wide, rounded, (mean - rounded).to(wide.dtype))
-        )
-        output = product(scaled, centered)
+        output = product(scaled, center(wide, mean.view(groups, d, 1)))
         if bias is not None:
             output = output + bias.view(groups, d, 1)
     return from_blocks(output.to(input.dtype), input)
