@@ -28,7 +28,7 @@ PUBLIC = [
     for package in PACKAGES
     for name in importlib.import_module(package).__all__
     if shows_an_example(getattr(importlib.import_module(package), name))
-] + [("batchnorm.functional", name) for name in ("batch_norm", "batch_norm_train", "batch_norm_inference")]
+] + [("batchnorm.functional", name) for name in ("batch_norm", "batch_norm_train", "batch_norm_inference", "whiten")]
 LAYERS = [value for value in vars(batchnorm.nn).values() if isinstance(value, type)]
 
 
@@ -58,16 +58,22 @@ def test_every_error_is_a_batch_norm_error():
     assert all(error.__name__ in drawn for error in own)
 
 
-# what a layer needs besides num_features
-NEEDED = {"Ghost": {"ghost_batch_size": 2}, "Domain": {"num_domains": 2}, "Conditional": {"num_classes": 2}}
+# what a layer gets besides num_features
+OWN = {
+    "Ghost": {"ghost_batch_size": 2, "activation": "relu"},
+    "Domain": {"num_domains": 2, "activation": "relu"},
+    "Conditional": {"num_classes": 2, "activation": "relu"},
+    "Whitening": {"method": "cholesky"},
+}
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda cls: cls.__name__)
 def test_layer_prints_copies_and_pickles(layer):
-    needed = next((arguments for name, arguments in NEEDED.items() if layer.__name__.startswith(name)), {})
-    one = layer(3, momentum=None, activation="relu", bias=False, **needed)
+    own = next((own for name, own in OWN.items() if layer.__name__.startswith(name)), {"activation": "relu"})
+    one = layer(3, momentum=None, bias=False, **own)
     assert repr(one).startswith(f"{layer.__name__}(")
-    for shown in ("(3, eps=1e-05, momentum=None, affine=", "bias=False", "activation=relu"):
+    own_words = [f"{name}={value}" for name, value in own.items() if not name.startswith("num_")]
+    for shown in ("(3, eps=1e-05, momentum=None, affine=", "bias=False", *own_words):
         assert shown in repr(one)
     for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert repr(again) == repr(one)

@@ -113,3 +113,37 @@ def test_per_activation_statistics_are_those_of_flattened_samples():
     layer = bnn.PerActivationBatchNorm((3, 4))
     recalibrate(layer, BATCHES)
     assert_statistics(layer.norm, by_batch_norm([x.flatten(1) for x in BATCHES], "pooled"))
+
+
+@estimators
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_whitening_gets_mean_and_covariance_of_the_population(estimator, group_size):
+    layer = bnn.Whitening1d(6, group_size=group_size)
+    batches = [x.view(3, 6, 4) for x in BATCHES]
+    assert recalibrate(layer, batches, estimator=estimator).counts == {"": 36}
+    values = [x.movedim(1, -1).reshape(-1, 6).double() for x in batches]
+    if estimator == "pooled":
+        whole = torch.cat(values)
+        mean, cov = whole.mean(0), whole.T.cov()
+    else:
+        mean, cov = (torch.stack(each).mean(0) for each in ([x.mean(0) for x in values], [x.T.cov() for x in values]))
+    d = group_size or 6
+    groups = torch.stack([cov[i : i + d, i : i + d] for i in range(0, 6, d)])
+    torch.testing.assert_close(layer.running_mean, mean.float())
+    torch.testing.assert_close(layer.running_cov, groups.float())
+    assert layer.num_batches_tracked == 3
+
+
+def test_layer_after_a_whitening_is_measured_behind_it():
+    model = nn.Sequential(bnn.Whitening1d(3), nn.BatchNorm1d(3))
+    recalibrate(model, BATCHES)
+    whitened = [bnn.Whitening1d(3)(x).detach() for x in BATCHES]
+    assert_statistics(model[1], by_batch_norm(whitened, "pooled"))
+
+
+def test_batch_with_nan_leaves_a_whitening_as_it_was():
+    model = nn.Sequential(bnn.Whitening1d(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="layer '0' received inf or NaN"):
+        recalibrate(model, [BATCHES[0], BATCHES[1] * float("inf")])
+    torch.testing.assert_close(dict(model.state_dict()), before)

@@ -37,12 +37,7 @@ def whiten_by(input: Tensor, mean: Tensor, matrix: Tensor, weight: Tensor | None
     with torch.autocast(input.device.type, enabled=False):
         wide = widen(blocks)
         scaled = scaled_rows(matrix.to(wide.dtype), weight)
-        mean = mean.view(groups, d, 1)
-        rounded = mean.to(wide.dtype)
-        centered = (
-            wide - rounded if mean.dtype == wide.dtype else center(wide, rounded, (mean - rounded).to(wide.dtype))
-        )
-        output = product(scaled, centered)
+        output = product(scaled, center(wide, mean.view(groups, d, 1)))
         if bias is not None:
             output = output + bias.view(groups, d, 1)
     return from_blocks(output.to(input.dtype), input)
@@ -90,20 +85,28 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.mT).sum(0)
 
 
-def sum_of_squares(centered: Tensor) -> Tensor:
-    """Of blocks and themselves, in float64, so that zeros of a singular covariance stay zeros in any dtype."""
-    dim = 0 if len(centered) > 1 else -1
-    pieces = centered.split(max(1, PIECE * centered.shape[dim] // centered.numel()), dim)
-    return torch.stack([sum_of_products(piece, piece) for piece in map(Tensor.double, pieces)]).sum(0)
+def moments(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (groups, d, 1) and covariance in float64, so that zeros of a singular one stay zeros in any dtype."""
+    dim, count = 0 if len(blocks) > 1 else -1, len(blocks) * blocks.shape[-1]
+    shift = blocks.mean((0, -1))[..., None].double()
+    total = squares = shift.new_zeros(())
+    for piece in blocks.split(max(1, PIECE * blocks.shape[dim] // blocks.numel()), dim):
+        shifted = piece.double() - shift
+        total = total + shifted.sum((0, -1))[..., None]
+        squares = squares + sum_of_products(shifted, shifted)
+    rest = total / count
+    return shift + rest, squares / count - rest @ rest.mT
 
 
 def scaled_rows(matrix: Tensor, weight: Tensor | None) -> Tensor:
     return matrix if weight is None else matrix * weight.view(*matrix.shape[:2], 1)
 
 
-def center(blocks: Tensor, mean: Tensor, rest: Tensor) -> Tensor:
-    """Subtract a mean and what it lacks: at a mean of 10^4 standard deviations one float32 number is not enough."""
-    return (blocks - mean).sub_(rest)
+def center(blocks: Tensor, mean: Tensor) -> Tensor:
+    """Subtract a mean, and what it loses when rounded: at 10^4 standard deviations one float32 number is not enough."""
+    rounded = mean.to(blocks.dtype)
+    centered = blocks - rounded
+    return centered if mean.dtype == blocks.dtype else centered.sub_((mean - rounded).to(blocks.dtype))
 
 
 class WhitenBatch(torch.autograd.Function):
@@ -115,30 +118,26 @@ class WhitenBatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(blocks.device.type, enabled=False):
             wide = widen(blocks)
-            mean = wide.mean((0, -1))[..., None]
-            centered = wide - mean
-            rest = centered.mean((0, -1))[..., None]
-            centered.sub_(rest)
-            cov = sum_of_squares(centered) / (len(blocks) * blocks.shape[-1])
+            mean, cov = moments(wide)
             matrix, ctx.derivative = whitening_matrix(cov, how)
             matrix = matrix.to(wide.dtype)
-            output = product(scaled_rows(matrix, weight), centered)
+            output = product(scaled_rows(matrix, weight), center(wide, mean))
             if bias is not None:
                 output += bias.view_as(mean)
         ctx.how = how
-        ctx.save_for_backward(blocks, weight, bias, mean, rest, matrix)
-        mean, cov = (mean + rest).flatten(), cov.to(wide.dtype)
+        ctx.save_for_backward(blocks, weight, bias, mean, matrix)
+        mean, cov = mean.flatten().to(wide.dtype), cov.to(wide.dtype)
         ctx.mark_non_differentiable(mean, cov)
         return output.to(blocks.dtype), mean, cov
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_output = grad_outputs[0]
-        blocks, weight, bias, mean, rest, matrix = ctx.saved_tensors
+        blocks, weight, bias, mean, matrix = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *differentiable_gradients(grad_output, blocks, weight, bias, ctx.how, ctx.needs_input_grad), None
         with torch.autocast(blocks.device.type, enabled=False):
-            grad, centered = widen(grad_output), center(widen(blocks), mean, rest)
+            grad, centered = widen(grad_output), center(widen(blocks), mean)
             count = len(blocks) * blocks.shape[-1]
             sum_dy, sum_dy_x = grad.sum((0, -1)), sum_of_products(grad, centered)
             grad_input = grad_weight = grad_bias = None

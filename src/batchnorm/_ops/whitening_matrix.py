@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.relatives import whitening
 
-# Relative to the largest eigenvalue. Gaps below it are rounding, which leaves 1e-14 where a covariance has zeros
+# Relative to the largest eigenvalue. Smaller gaps are rounding, which leaves 1e-15 where a covariance has zeros
 SMALLEST_GAP = 1e-12
 
 Derivative = Callable[[Tensor], Tensor]
@@ -130,25 +130,23 @@ def newton_schulz(cov: Tensor, how: Method) -> tuple[Tensor, Derivative]:
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = cov + how.eps * eye
     trace = trace_of(cov)
-    normalized, power, steps = cov / trace, eye.expand_as(cov), []
+    normalized = cov / trace
+    root, inverse, steps = normalized, eye.expand_as(cov), []
     for _ in range(how.iterations):
-        steps.append(power)
-        power = torch.baddbmm(power, power @ power, power @ normalized, beta=1.5, alpha=-0.5)
+        factor = torch.baddbmm(eye, inverse, root, beta=1.5, alpha=-0.5)
+        steps.append((root, inverse, factor))
+        root, inverse = root @ factor, factor @ inverse
 
     def derivative(grad: Tensor) -> Tensor:
-        scale = trace_of(grad.mT @ power) / 2
-        grad_step, grad_normalized = symmetric(grad), torch.zeros_like(cov)
-        # everything commutes with `normalized` but the gradient, and all is symmetric
-        for step in reversed(steps):
-            both = grad_step @ normalized
-            right = (both + both.mT) @ step
-            grad_normalized -= step @ (step @ (step @ grad_step)) / 2
-            grad_step = 1.5 * grad_step - symmetric(right @ step + step @ right / 2) / 2
-        grad_normalized = symmetric(grad_normalized)
-        scale = scale + trace_of(grad_normalized @ normalized)
-        return (grad_normalized - scale * eye) / trace * trace.rsqrt()
+        grad_root, grad_inverse = torch.zeros_like(cov), grad
+        for root, before, factor in reversed(steps):
+            half = (root.mT @ grad_root + grad_inverse @ before.mT) / 2
+            grad_root = grad_root @ factor.mT - before.mT @ half
+            grad_inverse = factor.mT @ grad_inverse - half @ root.mT
+        scale = (grad * inverse).sum((-2, -1), keepdim=True) / 2 + (grad_root * normalized).sum((-2, -1), keepdim=True)
+        return (symmetric(grad_root) - scale * eye) / trace * trace.rsqrt()
 
-    return power * trace.rsqrt(), derivative
+    return inverse * trace.rsqrt(), derivative
 
 
 def trace_of(matrix: Tensor) -> Tensor:

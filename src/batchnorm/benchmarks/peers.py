@@ -16,6 +16,8 @@ from batchnorm.reference import ACTIVATIONS, activate
 
 OURS, TORCH, INPLACE, COMPILE, JAX, COPY = "ours", "torch", "torch-inplace", "torch.compile", "jax", "copy"
 PEERS = (TORCH, INPLACE, COMPILE, JAX)
+# Of the whitening layers: the research code's formulation, and the layer that whitening stands in for
+MATRIX, BATCH_NORM = "matrix", "batchnorm"
 # Those that torch overwrites without keeping a copy for backward
 IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "relu6": nn.ReLU6(inplace=True)}
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.benchmarks.cases import BOTH, LARGE_BYTES
-from batchnorm.benchmarks.peers import COMPILE, COPY, JAX, OURS, TORCH
+from batchnorm.benchmarks.peers import COMPILE, COPY, JAX, MATRIX, OURS, TORCH
 
 Record = dict[str, Any]
 STEP_TARGETS = {"MobileNetV2": 1.4, "BN-Inception": 1.15, "ResNet-18": 1.1}
@@ -109,7 +109,11 @@ def targets(records: Sequence[Record]) -> list[Target]:
     gains = thread_gains(records)
     lowest = min(gains, key=lambda name: gains[name], default=None)
     value = None if lowest is None else gains[lowest]
-    return [*found, Target("two threads against one, large cases", 1.7, value, described(lowest, gains.values()))]
+    found.append(Target("two threads against one, large cases", 1.7, value, described(lowest, gains.values())))
+    if whitening := cases_of(records, ["whitening"]):
+        name = "whitening against the matrix formulation of the research code"
+        found.append(lowest_target(name, 1 / 3, whitening, lambda case: case.ratio(MATRIX)))
+    return found
 
 
 def mean_target(

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from batchnorm.benchmarks.peers import COMPILE, INPLACE, JAX, OURS, TORCH
+from batchnorm.benchmarks.peers import BATCH_NORM, COMPILE, INPLACE, JAX, MATRIX, OURS, TORCH
 from batchnorm.benchmarks.records import read_records
 from batchnorm.benchmarks.summary import (
     Measured,
@@ -45,7 +45,8 @@ def page(paths: Sequence[Path]) -> str:
     for path in sorted(paths, key=lambda path: path.name, reverse=True):
         records = read_records(path)
         parts += [f"## {path.stem}\n", header_lines(records[0]), busy_line(records), target_table(targets(records))]
-        parts += [case_table(cases_of(records)), step_table(records), scaling_tables(records), refused(records)]
+        parts += [case_table(cases_of(records)), step_table(records), scaling_tables(records)]
+        parts += [whitening_table(cases_of(records, ["whitening"])), refused(records)]
     return "\n".join(part for part in parts if part)
 
 
@@ -71,7 +72,7 @@ def busy_line(records: Sequence[Record]) -> str:
 
 def target_table(found: Sequence[Target]) -> str:
     rows = [
-        [target.name, f"{target.wanted:g}", ratio(target.value), verdict(target), target.detail] for target in found
+        [target.name, f"{target.wanted:.3g}", ratio(target.value), verdict(target), target.detail] for target in found
     ]
     return markdown(["target", "wanted", "measured", "", ""], rows)
 
@@ -119,6 +120,16 @@ def scaling_tables(records: Sequence[Record]) -> str:
     gains = [[name, ratio(gain), ratio(torch_gains.get(name))] for name, gain in thread_gains(records).items()]
     by_size = markdown(["size", "ours, us", TORCH], sizes)
     return "\n".join(filter(None, [by_size, markdown(["two threads against one", OURS, TORCH], gains)]))
+
+
+def whitening_table(cases: Sequence[Measured]) -> str:
+    """Whitening beside the research code's formulation, and what it costs in batch normalization layers."""
+    rows = []
+    for case in cases:
+        price = case.ratio(BATCH_NORM)
+        name, microseconds = case.record["case"], f"{case.peers[OURS]['microseconds']:,.4g}"
+        rows.append([name, microseconds, ratio(case.ratio(MATRIX)), ratio(price and 1 / price, 1)])
+    return markdown(["forward+backward", "ours, us", "against the matrix formulation", "times the cost of BN"], rows)
 
 
 def refused(records: Sequence[Record]) -> str:

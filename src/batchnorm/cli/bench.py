@@ -1,6 +1,7 @@
 """``batchnorm bench``."""
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +13,16 @@ import click
 import torch
 
 from batchnorm.benchmarks.cases import Case, choose_cases, name_matches
-from batchnorm.benchmarks.peers import OURS, PEERS, TORCH, why_unavailable
+from batchnorm.benchmarks.peers import MATRIX, OURS, PEERS, TORCH, why_unavailable
 from batchnorm.benchmarks.records import append, is_done, make_header, read_records, start_file
 from batchnorm.benchmarks.run import measure_case, measure_threads
 from batchnorm.benchmarks.steps import MODELS, measure_steps
 from batchnorm.benchmarks.suites import SIZE_CASES, SUITES, THREAD_CASES
 from batchnorm.benchmarks.summary import Target, cases_of, targets
 from batchnorm.benchmarks.tables import busy_line, page, verdict
+from batchnorm.benchmarks.whitening import CASES as WHITENING_CASES
+from batchnorm.benchmarks.whitening import SUITE as WHITENING
+from batchnorm.benchmarks.whitening import measure_whitening
 from batchnorm.environment import usable_cpus
 
 SECONDS = 2.0
@@ -44,7 +48,7 @@ class Peers(click.ParamType):
 
 
 @click.command()
-@click.option("--suite", type=click.Choice([*SUITES, "none"]), default="quick", show_default=True)
+@click.option("--suite", type=click.Choice([*SUITES, WHITENING, "none"]), default="quick", show_default=True)
 @click.option("--case", "patterns", multiple=True, help="Only cases whose name contains this; * stands for anything.")
 @click.option("--peers", type=Peers(), default=",".join(PEERS), show_default=True, help="Whom to compare with.")
 @click.option("--steps", is_flag=True, help="Training steps of whole networks, with and without convert, too.")
@@ -93,7 +97,7 @@ def bench(
     torch.set_num_threads(threads or usable_cpus())
     path = out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     earlier = start_file(path, make_header(seconds), resume)
-    present = available_peers(peers, path) if suite != "none" else ()
+    present = available_peers(peers, path) if suite in SUITES else ()
     measure(choose_jobs(suite, patterns, present, steps, scaling, seconds), path, earlier)
     records = read_records(path)
     click.echo(busy_line(records), nl=False, err=True)
@@ -120,6 +124,9 @@ def choose_jobs(
         return "steps", f"{name} {memory_format}", lambda: measure_steps(name, memory_format, longer)
 
     jobs = [of_case(case, suite) for case in choose_cases(SUITES.get(suite, []), patterns)]
+    if suite == WHITENING:
+        cases = [case for case in WHITENING_CASES if name_matches(case.name, patterns)]
+        jobs += [(suite, case.name, functools.partial(measure_whitening, case, seconds)) for case in cases]
     if scaling:
         jobs += [of_case(case, "size", [TORCH]) for case in choose_cases(SIZE_CASES, patterns)]
         jobs += [of_threads(case) for case in choose_cases(THREAD_CASES, patterns)]
@@ -163,9 +170,9 @@ def outcome(records: Sequence[Record]) -> list[str]:
         for record in records
         if record["kind"] in ("failed", "skipped")
     ]
-    for case in cases_of(records, ("quick", "full", "size", "threads")):
-        times = case.ratio(TORCH)
-        against = "" if times is None else f", {times:.2f} times as fast as torch"
+    for case in cases_of(records, ("quick", "full", "size", "threads", WHITENING)):
+        ratios = {other: case.ratio(other) for other in (TORCH, MATRIX)}
+        against = "".join(f", {times:.2f} times as fast as {other}" for other, times in ratios.items() if times)
         threads = case.record["threads"]
         lines.append(f"{case.record['pass']} {case.peers[OURS]['microseconds']:,.1f} us, {threads} threads{against}")
     both = {record["peer"]: record["microseconds"] for record in records if record["kind"] == "step"}

@@ -88,15 +88,18 @@ def newton_schulz_matrix(cov: Tensor, eps: float, iterations: int) -> Tensor:
 
     .. math:: S = \frac{\Sigma + \epsilon I}{tr(\Sigma + \epsilon I)}, \quad P_0 = I, \quad
         P_{k+1} = \frac{3 P_k - P_k^3 S}{2}, \quad W = \frac{P_T}{\sqrt{tr(\Sigma + \epsilon I)}}
+
+    ``root`` is S P_k. Kept beside P_k it makes rounding errors die out, which a product with S itself lets grow
+    (Higham 1986).
     """
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = cov + eps * eye
     trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    normalized = cov / trace
-    power = eye.expand_as(cov)
+    root, inverse = cov / trace, eye.expand_as(cov)
     for _ in range(iterations):
-        power = 1.5 * power - 0.5 * (power @ power) @ (power @ normalized)
-    return power * torch.rsqrt(trace)
+        factor = (3 * eye - inverse @ root) / 2
+        root, inverse = root @ factor, factor @ inverse
+    return inverse * torch.rsqrt(trace)
 
 
 def whitening_matrix(cov: Tensor, method: str, eps: float, iterations: int = 5, shrinkage: float = 0.0) -> Tensor:
