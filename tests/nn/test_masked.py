@@ -55,8 +55,8 @@ def test_every_layout_follows_the_formulas(layout, dtype, implementation):
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("steps", STEPS)
 def test_statistics_and_evaluation_after_k_steps(steps, offset, momentum, implementation):
-    batches = [torch.randn(3 + step % 3, 31, 7) * 2 + offset for step in range(steps)]
-    layer = MaskedBatchNorm1d(31, momentum=momentum, implementation=implementation)
+    batches = [torch.randn(5 + step % 3, 61, 13) * 2 + offset for step in range(steps)]
+    layer = MaskedBatchNorm1d(61, momentum=momentum, implementation=implementation)
     assert_follows(layer, formulas, by_aten, batches, masked)
     assert layer.num_batches_tracked == steps
 

@@ -71,24 +71,25 @@ class GhostBatchNorm(FusedBatchNorm):
         sizes = [len(input) // parts + (part < len(input) % parts) for part in range(parts)]
         # torch.split, whose gradient is one concatenation; chunks and slices have one tensor of zeros each
         residuals = [None] * parts if residual is None else residual.split(sizes)
-        outputs = [
+        done = [
             functional.normalize_batch(
                 part, weight, bias, running_mean, running_var, rest, self.activation, self.eps, self.implementation
             )
             for part, rest in zip(input.split(sizes), residuals, strict=True)
         ]
+        output = torch.cat([part.output for part in done])
         if running_mean is not None and running_var is not None:
-            functional.update_running_statistics(running_mean, running_var, merged(outputs), momentum)
+            functional.update_running_statistics(running_mean, running_var, merged(output, done), momentum)
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)
-        return torch.cat([part.output for part in outputs])
+        return output
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ghost_batch_size={self.ghost_batch_size}"
 
 
-def merged(parts: list[TrainOutput]) -> TrainOutput:
-    """The statistics of all parts together, by the law of total variance; no output."""
+def merged(output: Tensor, parts: list[TrainOutput]) -> TrainOutput:
+    """The output of a batch with the statistics of its parts together, by the law of total variance."""
     counts = [part.count for part in parts]
     means = torch.stack([part.mean for part in parts]).double()
     variances = torch.stack([part.var for part in parts]).double()
@@ -96,7 +97,7 @@ def merged(parts: list[TrainOutput]) -> TrainOutput:
     mean = (shares * means).sum(0)
     var = (shares * (variances + (means - mean).square())).sum(0)
     dtype = parts[0].mean.dtype
-    return TrainOutput(parts[0].output, mean.to(dtype), var.to(dtype), sum(counts))
+    return TrainOutput(output, mean.to(dtype), var.to(dtype), sum(counts))
 
 
 class GhostBatchNorm1d(GhostBatchNorm, torch.nn.BatchNorm1d):
