@@ -1,5 +1,6 @@
 """The whitening layers: what running statistics become, what evaluation does with them, and what changes nothing."""
 
+import copy
 import io
 
 import pytest
@@ -225,3 +226,35 @@ def test_running_statistics_hold_no_graph():
     layer = Whitening1d(4)
     layer(torch.randn(9, 4, requires_grad=True))
     assert not layer.running_cov.requires_grad
+
+
+@methods
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_it_is_the_same(method: str, training: bool):
+    layer = Whitening1d(4, group_size=2, method=method, affine=False).train(training)
+    compiled, x = copy.deepcopy(layer), torch.randn(50, 4)
+    function = torch.compile(compiled, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(function(x), layer(x))
+    torch.testing.assert_close(statistics(compiled), statistics(layer))
+    assert not compiled.running_cov.requires_grad
+
+
+@methods
+def test_evaluation_is_exported(method: str):
+    layer, x = Whitening1d(4, method=method).eval(), torch.randn(9, 4)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@methods
+def test_vmap_whitens_each_sample_by_itself(method: str):
+    layer, x = Whitening1d(4, method=method, track_running_stats=False), torch.randn(3, 9, 4)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), torch.stack([layer(one) for one in x]))
+
+
+def test_fx_traces_a_layer_as_one_node():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Whitening2d(4)).eval()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(traced(x), model(x))

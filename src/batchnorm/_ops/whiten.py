@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from batchnorm._ops.batch_norm import seen_through
 from batchnorm._ops.checks import (
     check_dtype_and_device,
     check_momentum,
@@ -13,6 +14,7 @@ from batchnorm._ops.running import update_running_statistics
 from batchnorm._ops.whitening_autograd import whiten_batch, whiten_by
 from batchnorm._ops.whitening_matrix import METHODS, Method, whitening_matrix
 from batchnorm.reference import values_per_channel
+from batchnorm.relatives import whitening
 from batchnorm.relatives.whitening import WhitenOutput
 
 
@@ -61,7 +63,8 @@ def whiten(
         training: whiten by the statistics of this batch instead of the running ones.
         momentum: weight of the new batch in the running statistics, 0 to 1.
         eps: added to the diagonal of the covariance. A covariance of m < d values is singular; ``eps`` and
-            ``shrinkage`` alone bound W then.
+            ``shrinkage`` alone bound W then. At large scale (a standard deviation of 1000) ``eps`` is far below
+            float32's rounding, and a singular covariance needs ``shrinkage``, which follows the scale.
         method: as above.
         group_size: d, the features that are whitened together; None for all C.
         iterations: of Newton-Schulz.
@@ -69,7 +72,8 @@ def whiten(
 
     Returns:
         Tensor of the shape and dtype of ``input``. Covariances and W are computed in float64. inf or NaN in the
-        input gives NaN in its whole group.
+        input gives NaN in its whole group. Inside compilers, exporters and ``torch.func`` the plain formulas of
+        ``batchnorm.relatives.whitening`` run instead, in the dtype of the input.
 
     Raises:
         ValueError: one value per channel or an ``eps`` that is not positive in training, an unknown method,
@@ -142,7 +146,11 @@ def whiten_train(
     if input.numel() == 0:
         d = input.shape[1] // groups
         return WhitenOutput(input.clone(), input.new_zeros(input.shape[1]), input.new_zeros(groups, d, d), 0)
-    return WhitenOutput(*whiten_batch(input, weight, bias, input.shape[1] // groups, how), count)
+    d = input.shape[1] // groups
+    if seen_through():
+        output, mean, cov, _ = whitening.whiten_train(input, weight, bias, group_size=d, **how._asdict())
+        return WhitenOutput(output, mean.detach(), cov.detach(), count)
+    return WhitenOutput(*whiten_batch(input, weight, bias, d, how), count)
 
 
 def whiten_inference(
@@ -158,6 +166,8 @@ def whiten_inference(
     if mean is None or cov is None:
         raise RuntimeError(f"running_{'mean' if mean is None else 'cov'} must be defined in evaluation mode")
     check_tensors(input, group_size, mean, cov, weight, bias)
+    if seen_through():
+        return whitening.whiten_inference(input, mean, cov, weight, bias, **how._asdict())
     with torch.no_grad():
         matrix, _ = whitening_matrix(cov, how)
     return whiten_by(input, mean, matrix, weight, bias)

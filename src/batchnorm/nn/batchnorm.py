@@ -48,7 +48,7 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``input``, add ``residual`` of the same shape, apply the activation."""
         if not isinstance(input, Tensor):
-            return self.traced(input, residual)
+            return traced(self, input, residual)
         self._check_input_dim(input)
         activation = self.activation
         weight, bias, running_mean, running_var, num_batches_tracked = self.tensors()
@@ -113,14 +113,6 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         except KeyError:
             # parametrized, or replaced by something else
             return [getattr(self, name) for name in STATE]
-
-    def traced(self, input: Any, residual: Any, **named: Any) -> Any:
-        """One ``call_module`` node in a graph of torch.fx, as torch.nn's layers are."""
-        if not isinstance(input, torch.fx.Proxy):
-            raise TypeError(f"input must be Tensor, not {type(input).__name__}")
-        tracer = input.tracer
-        arguments = (input,) if residual is None else (input, residual)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, named)  # pyright: ignore[reportAttributeAccessIssue]
 
     def cumulative_momentum(self) -> Tensor | float:
         """The weight that makes the running statistics the average over all batches, this one included."""
@@ -215,6 +207,15 @@ class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
         >>> BatchNorm3d(2)(torch.randn(3, 2, 4, 4, 4)).shape
         torch.Size([3, 2, 4, 4, 4])
     """
+
+
+def traced(layer: torch.nn.Module, input: Any, residual: Any = None, **named: Any) -> Any:
+    """One ``call_module`` node in a graph of torch.fx, as torch.nn's layers are."""
+    if not isinstance(input, torch.fx.Proxy):
+        raise TypeError(f"input must be Tensor, not {type(input).__name__}")
+    tracer = input.tracer
+    arguments = (input,) if residual is None else (input, residual)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), arguments, named)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def explain(layer: torch.nn.Module, input: Tensor) -> Choice:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from batchnorm._ops.checks import check_input
-from batchnorm.nn.batchnorm import BatchNorm1d
+from batchnorm.nn.batchnorm import BatchNorm1d, traced
 
 
 class MaskedBatchNorm1d(BatchNorm1d):
@@ -53,7 +53,7 @@ class MaskedBatchNorm1d(BatchNorm1d):
         if mask is None:
             return super().forward(input, residual)
         if not isinstance(input, Tensor):
-            return self.traced(input, residual, mask=mask)
+            return traced(self, input, residual, mask=mask)
         check_input(input, residual, self.activation)
         packed = self.valid_values(input, mask=mask)
         if self.normalizes_by_batch and packed.shape[2] == 1:

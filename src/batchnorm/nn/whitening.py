@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from batchnorm._ops.dtypes import statistics_dtype
 from batchnorm._ops.whiten import check_group_size, check_method, train_and_track, whiten_inference
+from batchnorm.nn.batchnorm import traced
 
 
 class Whitening(nn.Module):
@@ -71,7 +72,9 @@ class Whitening(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Whiten ``input``."""
-        if isinstance(input, Tensor) and input.dim() not in self.dimensions:
+        if not isinstance(input, Tensor):
+            return traced(self, input)
+        if input.dim() not in self.dimensions:
             wanted = " or ".join(f"{dim}D" for dim in self.dimensions)
             raise ValueError(f"expected {wanted} input (got {input.dim()}D input)")
         running_mean, running_cov = self.running_mean, self.running_cov
