@@ -28,6 +28,13 @@ from batchnorm.experiments.claims import Claim
 from batchnorm.experiments.study import Conclusion, Line, Panel, Row, Study, Table, claim, line, of_arm
 
 WU, RENORM, HOFFER = "Wu & Johnson 2021", "Ioffe 2017", "Hoffer, Hubara & Soudry 2017"
+STATISTICS = {
+    BY_BATCH: "mini-batch",
+    BY_DEFAULT: "momentum 0.1",
+    BY_AVERAGES: "averages, 300 images",
+    BY_POPULATION: "population, batches of m",
+    BY_LARGE: "population, of 1,000",
+}
 Best = dict[str, list[Row]]
 
 
@@ -40,6 +47,7 @@ def conclude(rows: list[Row], options: Options) -> Conclusion:
     def lines(field: str) -> list[Line]:
         return [line(swept, method, field, x="batch", name=short) for method, short in methods.items()]
 
+    statistics = [line(swept, BN, field, x="batch", name=name) for field, name in STATISTICS.items()]
     batches = list(BATCHES)
     panels = [
         Panel("averages", "With running averages", "batch size", "test accuracy", lines(BY_AVERAGES), True),
@@ -51,7 +59,7 @@ def conclude(rows: list[Row], options: Options) -> Conclusion:
             lines(BY_POPULATION),
             True,
         ),
-        Panel("statistics", "BN under other statistics", "batch size", "test accuracy", statistics_lines(swept), True),
+        Panel("statistics", "BN under other statistics", "batch size", "test accuracy", statistics, True),
         Panel(
             "noise",
             "Noise of the statistics",
@@ -83,17 +91,6 @@ def at_best_rate(rows: list[Row]) -> list[Row]:
     for row in rows:
         by_rate.setdefault(row["rate"], []).append(row)
     return max(by_rate.values(), key=lambda found: math.fsum(row["validation_accuracy"] for row in found))
-
-
-def statistics_lines(swept: list[Row]) -> list[Line]:
-    names = {
-        BY_BATCH: "mini-batch",
-        BY_DEFAULT: "momentum 0.1",
-        BY_AVERAGES: "averages, 300 images",
-        BY_POPULATION: "population, batches of m",
-        BY_LARGE: "population, of 1,000",
-    }
-    return [line(swept, BN, field, x="batch", name=name) for field, name in names.items()]
 
 
 def percent(better: list[Row], worse: list[Row], field: str, other: str | None = None) -> list[float]:
@@ -267,7 +264,7 @@ STUDY = Study(
         "trained at each rate of a short grid and counts with the one that has the highest accuracy on 5,000 "
         "validation images, evaluated with running averages.",
         "Running averages look back over as many images whatever the batch: momentum 1 - 0.9^(m / 32), torch's 0.1 at "
-        "32. BN is also evaluated with averages of momentum 0.1, of 100 batches after training.",
+        "32. BN is also evaluated with averages of momentum 0.1, of 50 batches after training.",
         "Population statistics: pooled moments of 2,000 training images with frozen weights, in batches of m as in "
         "Algorithm 2 of the 2015 paper, and for comparison in batches of 1,000.",
         "Batch Renorm: rmax 3, dmax 5. Warm-up, and growth of rmax and dmax, end after 4 %, 32 % and 20 % of the "

@@ -243,8 +243,8 @@ def panels(best: Best, costs: list[Row]) -> list[Panel]:
     return [
         Panel("cost", f"A step in batches of {LARGE}", "width", "milliseconds", cost, True, True),
         Panel("accuracy", f"Accuracy at a width of {WIDTH}", "batch size", "test accuracy", accuracies, True),
-        Panel("steps", f"Training in batches of {LARGE}", "steps", "training loss", losses, y_log=True),
-        Panel("time", "The same over time", "milliseconds", "training loss", times, y_log=True),
+        Panel("steps", f"Training in batches of {LARGE}", "steps", "training loss", losses),
+        Panel("time", "The same over time", "milliseconds", "training loss", times),
     ]
 
 
