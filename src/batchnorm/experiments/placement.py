@@ -181,18 +181,9 @@ def conclude(rows: list[Row], options: Options) -> Conclusion:
         for activation in VARIANTS
     ]
     parameters = [
-        over_rates(rows, named(SIGMOID, variant), rates, name)
-        for variant, name in (
-            (BEFORE, "before"),
-            (NO_GAMMA, "before, no gamma"),
-            (NO_BETA, "before, no beta"),
-            (NEITHER, "before, neither"),
-        )
+        over_rates(rows, named(SIGMOID, variant), rates, variant) for variant in (BEFORE, NO_GAMMA, NO_BETA, NEITHER)
     ]
-    biases = [
-        line(rows, best(rows, named(SIGMOID, variant), rates), "bias", name=name)
-        for variant, name in ((BIASED, "before with bias"), (WITHOUT, WITHOUT))
-    ]
+    biases = [line(rows, best(rows, named(SIGMOID, where), rates), "bias", name=where) for where in (BIASED, WITHOUT)]
     panels = [
         *placements,
         Panel("parameters", "Sigmoid: gamma and beta", "learning rate", "percent", parameters, x_log=True),
