@@ -302,7 +302,7 @@ CAPTION = "Lines are means over the seeds, bands run from the lowest to the high
 STUDY = Study(
     title="Where the normalization stands",
     options=Options(),
-    quick={"steps": 60, "seeds": (0, 1), "rates": (1.0,), "evaluations": 2},
+    quick={"steps": 40, "seeds": (0, 1), "rates": (1.0,), "evaluations": 1},
     notes=(
         "The paper puts BN before the nonlinearity and gives reasons, no comparison. Here: the network of its section "
         "4.1 on MNIST with sigmoids and with ReLUs, plain SGD, each variant at learning rates 0.1, 0.3, 1 and 3 and "

@@ -330,7 +330,7 @@ CAPTION = (
 STUDY = Study(
     title="The scale of the weights",
     options=Options(),
-    quick={"steps": 60, "seeds": (0, 1), "rates": (0.5,), "scales": (0.1, 1.0, 10.0), "evaluations": 2},
+    quick={"steps": 40, "seeds": (0, 1), "rates": (0.5,), "scales": (0.1, 1.0, 10.0), "evaluations": 1},
     notes=(
         "The paper writes 'for a scalar a'. The identities hold for a > 0 without eps; for a < 0 output and gradient "
         "of u change their signs, which a claim of its own checks. With eps they hold where a^2 Var[Wu] is far above "
