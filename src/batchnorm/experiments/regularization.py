@@ -150,10 +150,10 @@ def noise(seed: int, options: Options) -> Iterator[Row]:
 
 def conclude(rows: list[Row], options: Options) -> Conclusion:
     chosen = {variant: best(rows, variant, options.rates) for variant in variants()}
-    ends = {
-        network: over(rows, {share: chosen[name] for share, name in strengths(network).items()}, network)
+    dropped = [
+        over(rows, {share: chosen[name] for share, name in strengths(network).items()}, network)
         for network in (PLAIN, BN)
-    }
+    ]
     losses = [
         line(rows, chosen[network], f"{part}_loss", name=f"{network}, {part}")
         for network in (PLAIN, BN)
@@ -166,7 +166,7 @@ def conclude(rows: list[Row], options: Options) -> Conclusion:
     companions = line(rows, COMPANIONS, "variance", x="batch_size", name=BN)
     panels = [
         Panel("losses", "Loss without Dropout and L2", "steps", "loss", losses, y_log=True),
-        Panel("dropout", "Test accuracy over Dropout", "share of units dropped", "percent", list(ends.values())),
+        Panel("dropout", "Test accuracy over Dropout", "share of units dropped", "percent", dropped),
         Panel("l2", "Test accuracy over L2", "weight decay", "percent", decays, x_log=True),
         Panel("companions", "What companions change", "batch size", "variance", [companions], True, True),
     ]
@@ -321,9 +321,9 @@ STUDY = Study(
     options=Options(),
     quick={"steps": 40, "seeds": (0, 1), "rates": (0.3,), "evaluations": 1},
     notes=(
-        "The paper reports Inception on ImageNet: Dropout removed and L2 divided by 5 together with five other changes. "
-        "Here: the network of its section 4.1 with ReLUs, on 2,000 training images so "
-        "that it overfits, another 2,000 for every seed, all 10,000 test images.",
+        "The paper reports Inception on ImageNet: Dropout removed and L2 divided by 5 together with five other "
+        "changes. Here: the network of its section 4.1 with ReLUs, on 2,000 training images so that it overfits, "
+        "others for every seed, and all 10,000 test images.",
         "Dropout follows every hidden layer with 0.4, as in Inception, or 0.1, as in some networks of the paper's "
         "ensemble. L2 is SGD's weight decay of 0.001 or 0.005 on all weights, not on biases, gamma and beta.",
         "Each variant is compared at the best of the learning rates 0.03, 0.1, 0.3 and 1 by its mean test accuracy, "
