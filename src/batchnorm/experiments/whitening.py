@@ -220,7 +220,7 @@ def speed_claim(best: Best) -> Claim:
         "ZCA and groups, each at its best learning rate",
         unit="of ln(loss)",
         detail=", ".join(ends),
-        paper="faster convergence",
+        paper="whitening improves training further",
         above=0.0,
     )
 
