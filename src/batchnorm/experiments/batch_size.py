@@ -245,15 +245,15 @@ STUDY = Study(
         "statistics_images": 100,
     },
     notes=(
-        "The sources trained ResNets, Inception and others, mostly on ImageNet and CIFAR. Here: MNIST, the network of "
-        "the 2015 paper's section 4.1, SGD. Networks of the sweep see 16,000 images, those trained long 15 times as "
-        "many, out of 10,000.",
+        "The sources trained ResNets, Inception and others, mostly on ImageNet and CIFAR. Here: a part of MNIST, the "
+        "network of the 2015 paper's section 4.1, SGD. Networks of the sweep all see as many images as that of batch 2 "
+        "does, those trained long 15 times as many.",
         "Learning rate: that of a batch of 32, times batch / 32 (Goyal et al. 2017). Every arm is "
-        "trained at each rate of a short grid and counts with the one that has the highest accuracy on 5,000 "
+        "trained at each rate of a short grid and counts with the one that has the highest accuracy on "
         "validation images, evaluated with running averages.",
         "Running averages look back over as many images whatever the batch: momentum 1 - 0.9^(m / 32), torch's 0.1 at "
         "32. BN is also evaluated with averages of momentum 0.1, of 50 batches after training.",
-        "Population statistics: pooled moments of 2,000 training images with frozen weights, in batches of m as in "
+        "Population statistics: pooled moments of training images with frozen weights, in batches of m as in "
         "Algorithm 2 of the 2015 paper, and for comparison in batches of 1,000.",
         "Batch Renorm: rmax 3, dmax 5. Warm-up, and growth of rmax and dmax, end after 4 %, 32 % and 20 % of the "
         "steps: the proportions of the source's 5,000, 40,000 and 25,000.",
