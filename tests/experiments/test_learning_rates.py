@@ -1,8 +1,11 @@
 """Arms at several learning rates: names, the best one, and differences over seeds."""
 
+from pathlib import Path
+
 import pytest
 
-from batchnorm.experiments.learning_rates import at_rate, best, best_rate, differences, over_rates
+from batchnorm.experiments.learning_rates import at_rate, best, best_rate, differences, each_rate, over_rates
+from batchnorm.experiments.study import Place
 
 RATES = (0.1, 1.0)
 ENDS = {at_rate("BN", 0.1): (0.5, 0.7), at_rate("BN", 1.0): (0.6, 0.5), at_rate("plain", 0.1): (0.4, 0.6)}
@@ -28,3 +31,13 @@ def test_line_over_rates_has_a_point_for_every_rate():
     assert (line.name, line.x) == ("normalized", [0.1, 1.0])
     assert line.y == pytest.approx([60, 55])
     assert line.high == pytest.approx([70, 60])
+
+
+def test_a_job_of_several_rates_reports_the_progress_of_all(tmp_path: Path):
+    reported, names = [], []
+    for _, part in each_rate(Place("BN", tmp_path, reported.append), (0.1, 1.0), steps=50, shown=1000):
+        names.append(part.name)
+        part.on_progress(25)
+        part.on_progress(50)
+    assert names == ["BN-rate0.1", "BN-rate1"]
+    assert reported == [250, 500, 750, 1000]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from synthetic_training import (
     PAPER_ARMS,
     SHAPES,
@@ -23,8 +24,9 @@ from batchnorm.report.curves import gather
 from batchnorm.report.drawing import draw, draw_panel, matplotlib_style, new_figure
 from batchnorm.report.ensemble_page import draw_training
 from batchnorm.report.figure2 import draw_figure2
+from batchnorm.report.looks import looks
 from batchnorm.report.metrics import Evaluation
-from batchnorm.report.panels import Lines, about_lines, end_labels, lines_panel, spread
+from batchnorm.report.panels import LABEL_GAP, Label, Lines, about_lines, end_labels, label_ends, lines_panel, spread
 
 SEEDS = (0, 1, 2)
 
@@ -207,3 +209,15 @@ def test_networks_of_an_ensemble_have_seeds_of_their_own(tmp_path: Path) -> None
 )
 def test_labels_are_spread_in_order(places: list[float], expected: list[float]) -> None:
     assert spread(places, 1.0, 0.0, 10.0) == pytest.approx(expected)
+
+
+def test_labels_stand_apart_on_a_logarithmic_axis() -> None:
+    axes = Figure((4, 3)).add_axes((0, 0, 1, 1))
+    axes.set_yscale("log")
+    axes.set_ylim(1e-4, 1.0)
+    ends = {"a": 1e-3, "b": 1e-3, "c": 0.1}
+    label_ends(axes, [Label(ends[name], name, look) for name, look in looks(ends).items()])
+    low, high, alone = (math.log10(text.xy[1]) for text in axes.texts)
+    assert high - low == pytest.approx(LABEL_GAP / 3 * 4)
+    assert (low + high) / 2 == pytest.approx(-3)
+    assert alone == pytest.approx(-1)

@@ -28,6 +28,13 @@ from batchnorm.experiments.claims import Claim
 from batchnorm.experiments.study import Conclusion, Line, Panel, Row, Study, Table, claim, line, of_arm
 
 WU, RENORM, HOFFER = "Wu & Johnson 2021", "Ioffe 2017", "Hoffer, Hubara & Soudry 2017"
+STATISTICS = {
+    BY_BATCH: "mini-batch",
+    BY_DEFAULT: "momentum 0.1",
+    BY_AVERAGES: "averages, 320 images",
+    BY_POPULATION: "population, batches of m",
+    BY_LARGE: "population, of 1,000",
+}
 Best = dict[str, list[Row]]
 
 
@@ -40,31 +47,20 @@ def conclude(rows: list[Row], options: Options) -> Conclusion:
     def lines(field: str) -> list[Line]:
         return [line(swept, method, field, x="batch", name=short) for method, short in methods.items()]
 
-    batches = list(BATCHES)
+    def panel(name: str, title: str, lines: list[Line]) -> Panel:
+        return Panel(name, title, "batch size", "test accuracy", lines, x_log=True)
+
+    statistics = [line(swept, BN, field, x="batch", name=name) for field, name in STATISTICS.items()]
+    noises = [
+        line(noise, NOISE, "noise_of_mean", x="batch", name="mean"),
+        line(noise, NOISE, "noise_of_var", x="batch", name="variance"),
+        Line("1 / m", BATCHES, [1 / batch for batch in BATCHES]),
+    ]
     panels = [
-        Panel("averages", "With running averages", "batch size", "test accuracy", lines(BY_AVERAGES), True),
-        Panel(
-            "population",
-            "With population statistics",
-            "batch size",
-            "test accuracy",
-            lines(BY_POPULATION),
-            True,
-        ),
-        Panel("statistics", "BN under other statistics", "batch size", "test accuracy", statistics_lines(swept), True),
-        Panel(
-            "noise",
-            "Noise of the statistics",
-            "batch size",
-            "squared relative error",
-            [
-                line(noise, NOISE, "noise_of_mean", x="batch", name="mean"),
-                line(noise, NOISE, "noise_of_var", x="batch", name="variance"),
-                Line("1 / m", batches, [1 / batch for batch in batches]),
-            ],
-            True,
-            True,
-        ),
+        panel("averages", "With running averages", lines(BY_AVERAGES)),
+        panel("population", "With population statistics", lines(BY_POPULATION)),
+        panel("statistics", "BN under other statistics", statistics),
+        Panel("noise", "Noise of the statistics", "batch size", "squared relative error", noises, True, True),
     ]
     claims = [
         small_claim(best),
@@ -83,17 +79,6 @@ def at_best_rate(rows: list[Row]) -> list[Row]:
     for row in rows:
         by_rate.setdefault(row["rate"], []).append(row)
     return max(by_rate.values(), key=lambda found: math.fsum(row["validation_accuracy"] for row in found))
-
-
-def statistics_lines(swept: list[Row]) -> list[Line]:
-    names = {
-        BY_BATCH: "mini-batch",
-        BY_DEFAULT: "momentum 0.1",
-        BY_AVERAGES: "averages, 300 images",
-        BY_POPULATION: "population, batches of m",
-        BY_LARGE: "population, of 1,000",
-    }
-    return [line(swept, BN, field, x="batch", name=name) for field, name in names.items()]
 
 
 def percent(better: list[Row], worse: list[Row], field: str, other: str | None = None) -> list[float]:
@@ -120,7 +105,7 @@ def small_claim(best: Best) -> Claim:
         rule="test accuracy with running averages at a batch of 32 less that at 2, each at its best learning rate",
         unit="percentage points",
         detail=f"batch 32 {shown(reference, BY_AVERAGES)}, batch 2 {shown(small, BY_AVERAGES)}",
-        paper="small batches are less effective",
+        paper="small batches diminish its effect",
         above=0.0,
     )
 
@@ -260,15 +245,15 @@ STUDY = Study(
         "statistics_images": 100,
     },
     notes=(
-        "The sources trained ResNets, Inception and others, mostly on ImageNet and CIFAR. Here: MNIST, the network of "
-        "the 2015 paper's section 4.1, SGD. Networks of the sweep see 16,000 images, those trained long 15 times as "
-        "many, out of 10,000.",
+        "The sources trained ResNets, Inception and others, mostly on ImageNet and CIFAR. Here: a part of MNIST, the "
+        "network of the 2015 paper's section 4.1, SGD. Networks of the sweep all see as many images as that of batch 2 "
+        "does, those trained long 15 times as many.",
         "Learning rate: that of a batch of 32, times batch / 32 (Goyal et al. 2017). Every arm is "
-        "trained at each rate of a short grid and counts with the one that has the highest accuracy on 5,000 "
+        "trained at each rate of a short grid and counts with the one that has the highest accuracy on "
         "validation images, evaluated with running averages.",
         "Running averages look back over as many images whatever the batch: momentum 1 - 0.9^(m / 32), torch's 0.1 at "
-        "32. BN is also evaluated with averages of momentum 0.1, of 100 batches after training.",
-        "Population statistics: pooled moments of 2,000 training images with frozen weights, in batches of m as in "
+        "32. BN is also evaluated with averages of momentum 0.1, of 50 batches after training.",
+        "Population statistics: pooled moments of training images with frozen weights, in batches of m as in "
         "Algorithm 2 of the 2015 paper, and for comparison in batches of 1,000.",
         "Batch Renorm: rmax 3, dmax 5. Warm-up, and growth of rmax and dmax, end after 4 %, 32 % and 20 % of the "
         "steps: the proportions of the source's 5,000, 40,000 and 25,000.",

@@ -1,6 +1,7 @@
 """The networks of the batch-size study: methods and batches, their training, and their evaluations."""
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -172,13 +173,13 @@ def in_batches(images: Tensor, size: int) -> list[Tensor]:
 
 @torch.no_grad()
 def average_by_default(model: nn.Module, images: Tensor, batch_size: int) -> None:
-    """Running averages of torch's default momentum, 0.1, of 100 batches; the weights stay."""
+    """Running averages of torch's default momentum, 0.1, of 50 batches; the weights stay."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.momentum = 0.1
-    for index in range(100):
-        model(images[torch.arange(index * batch_size, (index + 1) * batch_size) % len(images)])
+    for batch in itertools.islice(itertools.cycle(in_batches(images, batch_size)), 50):
+        model(batch)
     model.eval()
 
 

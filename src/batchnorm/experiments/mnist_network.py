@@ -100,7 +100,7 @@ class MnistNetwork:
 def normalized_by_batch(model: nn.Module) -> Iterator[None]:
     """In training mode, but running statistics are neither used nor changed, and there are no gradients."""
     modes = [(module, module.training) for module in model.modules()]
-    layers = [module for module, _ in modes if getattr(module, "track_running_stats", False)]
+    layers: list[Any] = [module for module, _ in modes if getattr(module, "track_running_stats", False)]
     try:
         for layer in layers:
             layer.track_running_stats = False

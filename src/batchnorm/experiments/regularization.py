@@ -150,10 +150,10 @@ def noise(seed: int, options: Options) -> Iterator[Row]:
 
 def conclude(rows: list[Row], options: Options) -> Conclusion:
     chosen = {variant: best(rows, variant, options.rates) for variant in variants()}
-    ends = {
-        network: over(rows, {share: chosen[name] for share, name in strengths(network).items()}, network)
+    dropped = [
+        over(rows, {share: chosen[name] for share, name in strengths(network).items()}, network)
         for network in (PLAIN, BN)
-    }
+    ]
     losses = [
         line(rows, chosen[network], f"{part}_loss", name=f"{network}, {part}")
         for network in (PLAIN, BN)
@@ -166,7 +166,7 @@ def conclude(rows: list[Row], options: Options) -> Conclusion:
     companions = line(rows, COMPANIONS, "variance", x="batch_size", name=BN)
     panels = [
         Panel("losses", "Loss without Dropout and L2", "steps", "loss", losses, y_log=True),
-        Panel("dropout", "Test accuracy over Dropout", "share of units dropped", "percent", list(ends.values())),
+        Panel("dropout", "Test accuracy over Dropout", "share of units dropped", "percent", dropped),
         Panel("l2", "Test accuracy over L2", "weight decay", "percent", decays, x_log=True),
         Panel("companions", "What companions change", "batch size", "variance", [companions], True, True),
     ]

@@ -156,7 +156,11 @@ def correlations(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Root mean square of the correlations between features before and after the last normalization, by one batch."""
     layer = next(module for module in reversed(list(model.modules())) if isinstance(module, BatchNorm1d | Whitening1d))
     seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+
+    def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen.extend((args[0], output))
+
+    hook = layer.register_forward_hook(keep)
     try:
         with normalized_by_batch(model):
             model(images)

@@ -111,7 +111,8 @@ def set_axes(axes: "Axes", panel: StudyPanel, positions: list[float]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
     axes.set_xlabel(ascii_only(panel.x), labelpad=3, parse_math=False)
-    axes.set_ylabel(ascii_only(panel.y), labelpad=3, parse_math=False)
+    # powers of ten take more of the margin than percent
+    axes.set_ylabel(ascii_only(panel.y), labelpad=0, parse_math=False)
 
 
 def table_of(table: StudyTable) -> Table:
