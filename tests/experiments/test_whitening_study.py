@@ -143,7 +143,8 @@ def test_claims_hold_for_rows_as_the_sources_have_them():
         ([name_of(method, 16) for method in REGULARIZED], {"test_accuracy": 0.9}, {"singular-needs-regularization"}),
         ([name_of(OUTSIDE, batch) for batch in BATCHES], {"test_accuracy": 0.95}, {"gradient-must-pass"}),
         ([name_of(BN, 256)], {"correlation_after": 0.015}, {"bn-leaves-correlations"}),
-        ([name_of(GROUPS, 256), name_of(ZCA, 256)], {"train_loss": 0.9}, {"whitening-trains-faster"}),
+        ([name_of(ZCA, 256)], {"train_loss": 0.9}, {"whitening-trains-faster"}),
+        ([name_of(GROUPS, 256)], {"train_loss": 0.9}, {"groups-train-faster"}),
     ],
 )
 def test_other_measurements_are_not_reproduced(arms: Any, change: dict[str, float], refuted: set[str]):

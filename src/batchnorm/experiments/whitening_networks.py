@@ -184,7 +184,7 @@ def root_mean_square(correlation: Tensor) -> float:
 
 
 def time_steps(seed: int, options: Options) -> list[Row]:
-    """Milliseconds of a step, a method after the other in every round: the median over the rounds."""
+    """Milliseconds of processor time of a step, a method after the other in every round: medians over the rounds."""
     rows = []
     for width in WIDTHS:
         for batch in BATCHES:
@@ -193,9 +193,9 @@ def time_steps(seed: int, options: Options) -> list[Row]:
             # the first round compiles and warms up
             for _ in range(options.rounds + 1):
                 for method, step in steps.items():
-                    started = time.perf_counter()
+                    started = time.process_time()
                     step()
-                    spent[method].append(1e3 * (time.perf_counter() - started))
+                    spent[method].append(1e3 * (time.process_time() - started))
             rows += [
                 {"width": width, "batch": batch, "method": method, "milliseconds": statistics.median(times[1:])}
                 for method, times in spent.items()
