@@ -9,6 +9,8 @@ from typing import Self
 import click
 
 LINE_SECONDS = 10.0
+# Bars that stay when their jobs are done; a study has hundreds of jobs
+MOST_FINISHED = 8
 
 
 class Progress:
@@ -58,7 +60,8 @@ class Progress:
         if self.bars is not None:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(job, total=total, completed=step, rate="")
-            self.bars.update(self.tasks[job], completed=step, rate=per_second(self.rate(job, now)))
+            visible = step < total or len(self.tasks) <= MOST_FINISHED
+            self.bars.update(self.tasks[job], completed=step, rate=per_second(self.rate(job, now)), visible=visible)
         elif now - self.printed >= LINE_SECONDS:
             self.printed = now
             running = [name for name, done in self.done.items() if done < self.steps_of[name]]

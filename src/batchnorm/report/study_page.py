@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from batchnorm.report.contents import Column, Contents, Table
+from batchnorm.report.contents import Column, Contents, Section, Table
 from batchnorm.report.curves import short
 from batchnorm.report.drawing import BOTTOM, LEFT, TOP, Curve, Drawing, Panel, draw
 from batchnorm.report.looks import Look, looks
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 2
+MOST_TIMED = 12
 STYLES = ("page.css", "arms.css")
 
 
@@ -33,9 +34,15 @@ def study_contents(run: StudyRun) -> Contents:
     sections = [
         figure_section(drawing, "What was measured", name="figure", table=False),
         *(table_of(table).section() for table in run.tables),
-        timing_section(run, "Time of one step by phase, of the first seed of each arm."),
+        timing(run),
     ]
     return Contents(run.title, run.source, [drawing], sections, styles=STYLES)
+
+
+def timing(run: StudyRun) -> Section:
+    """Left out where there are more arms than a reader compares; timing.json has them all."""
+    sentence = "Time of one step by phase, of the first seed of each arm."
+    return timing_section(run, sentence) if len(run.timing) <= MOST_TIMED else Section("timing.html", None)
 
 
 def draw_study(run: StudyRun) -> Drawing:
