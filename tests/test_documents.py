@@ -5,18 +5,24 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from batchnorm.benchmarks.records import read_records
 from batchnorm.benchmarks.tables import readme_table
+from batchnorm.experiments.catalogue import EXPERIMENTS
 from batchnorm.experiments.claims import Claim
 from batchnorm.experiments.mnist import INIT_STDS, LEARNING_RATES, Options
 from batchnorm.experiments.mnist_claims import ARMS, accuracy_claim, steps_claim
 from batchnorm.report import write_report
+from batchnorm.report.text import estimate
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "benchmarks/results/2026-11-25-amd-epyc-2cpu.jsonl"
 MNIST = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu"
 EIGHT_SEEDS = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-lr1-8seeds"
 INCEPTION = ROOT / "results/inception/2026-11-25-amd-epyc-2cpu-small"
+# of an experiment with several records, the one that README and docs speak of
+CHOSEN = {"mnist": MNIST, "inception": INCEPTION}
 SWEEP = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-sweep"
 
 
@@ -40,6 +46,33 @@ def cost_sentence() -> str:
         f"Training took {timing['training_seconds']:.0f} s on two cores. "
         f"A step of one network costs {costs[0]:.0f} us\nwithout BN and {costs[1]:.0f} us with."
     )
+
+
+def folder_of(experiment: str) -> Path:
+    if experiment in CHOSEN:
+        return CHOSEN[experiment]
+    (folder,) = (ROOT / "results" / experiment).iterdir()
+    return folder
+
+
+def experiments_table() -> str:
+    lines = ["| experiment | what it shows | claims reproduced here |", "|---|---|---|"]
+    for entry in EXPERIMENTS:
+        folder = folder_of(entry.name)
+        verdicts = [claim["verdict"] for claim in record(folder, "claims.json")["claims"]]
+        here = f"[{verdicts.count('reproduced')} of {len(verdicts)}]({folder.relative_to(ROOT).as_posix()})"
+        lines.append(f"| `{entry.name}` | {entry.claim} | {here} |")
+    return "\n".join(lines)
+
+
+def verdicts_table(experiment: str) -> str:
+    lines = ["| claim | here, mean and 95 % interval | verdict |", "|---|---|---|"]
+    for claim in record(folder_of(experiment), "claims.json")["claims"]:
+        mean, interval = estimate(claim["mean"], claim["low"], claim["high"])
+        here = f"{mean} ({interval}) {claim['unit']}" if claim["mean"] is not None else "not measured"
+        statement = claim["statement"].replace("|", "\\|")
+        lines.append(f"| {statement} | {here} | {claim['verdict']} |")
+    return "\n".join(lines)
 
 
 def speed_section() -> str:
@@ -120,6 +153,16 @@ def test_docs_state_the_record_of_eight_seeds():
 
 def test_readme_states_the_recorded_speed():
     assert speed_section() in (ROOT / "README.md").read_text(), speed_section()
+
+
+def test_readme_lists_every_experiment_with_its_verdict():
+    assert experiments_table() in (ROOT / "README.md").read_text(), experiments_table()
+
+
+@pytest.mark.parametrize("experiment", [entry.name for entry in EXPERIMENTS if entry.module])
+def test_docs_state_the_verdicts_of_a_study(experiment: str):
+    table = verdicts_table(experiment)
+    assert table in (ROOT / "docs/studies.md").read_text(), table
 
 
 def test_docs_state_what_the_layers_cost_by_turns():

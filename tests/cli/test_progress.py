@@ -68,6 +68,32 @@ def test_a_resumed_job_is_timed_from_where_it_resumed(clock: Clock, capsys):
     assert capsys.readouterr().err == "bn 950/1,000, 5.0 steps/s, 10 s left\n"
 
 
+def test_many_jobs_are_counted_together(clock: Clock, capsys):
+    with Progress(100, jobs=20) as shown:
+        shown.update("a", 100)
+        clock.now = 10.0
+        shown.update("b", 50)
+        clock.now = 20.0
+        shown.update("b", 100)
+        shown.update("c", 50)
+    assert capsys.readouterr().err.splitlines() == [
+        "everything 8 %, 370 s left; b 50/100",
+        "everything 10 %, 360 s left; b 100/100, 5.0 steps/s, 0 s left",
+    ]
+
+
+def test_bars_of_finished_jobs_make_room(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    with Progress(100, jobs=30) as shown:
+        for job in range(20):
+            shown.update(f"job {job}", 100 if job < 18 else 50)
+        visible = [task.description for task in shown.bars.tasks if task.visible]
+        everything = shown.bars.tasks[0]
+    assert (everything.description, everything.completed, everything.total) == ("everything", 1900, 3000)
+    assert visible[-2:] == ["job 18", "job 19"]
+    assert len(visible) <= progress.MOST_FINISHED + 3
+
+
 def test_nothing_goes_to_standard_output(clock: Clock, capsys):
     with Progress(1000) as shown:
         clock.now = 10.0

@@ -9,6 +9,7 @@ from typing import Self
 import click
 
 LINE_SECONDS = 10.0
+EVERYTHING = "everything"
 # Bars that stay when their jobs are done; a study has hundreds of jobs
 MOST_FINISHED = 8
 
@@ -18,10 +19,11 @@ class Progress:
 
     Args:
         steps: of each job that does not say otherwise.
+        jobs: how many there will be, where that is known and they are too many to look at one by one.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, jobs: int | None = None) -> None:
+        self.steps, self.jobs = steps, jobs
         self.steps_of: dict[str, int] = {}
         self.done: dict[str, int] = {}
         self.first: dict[str, tuple[int, float]] = {}
@@ -43,6 +45,8 @@ class Progress:
             self.bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self.bars.start()
             self.tasks = {}
+            if self.jobs is not None:
+                self.tasks[EVERYTHING] = self.bars.add_task(EVERYTHING, total=self.jobs * self.steps, rate="")
         return self
 
     def __exit__(
@@ -57,9 +61,14 @@ class Progress:
         total = self.steps_of.setdefault(job, steps or self.steps)
         self.first.setdefault(job, (step, now))
         self.done[job] = step
+        finished = sum(self.done.values())
+        if self.jobs is not None:
+            self.first.setdefault(EVERYTHING, (finished, now))
         if self.bars is not None:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(job, total=total, completed=step, rate="")
+            if EVERYTHING in self.tasks:
+                self.bars.update(self.tasks[EVERYTHING], completed=finished)
             visible = step < total or len(self.tasks) <= MOST_FINISHED
             self.bars.update(self.tasks[job], completed=step, rate=per_second(self.rate(job, now)), visible=visible)
         elif now - self.printed >= LINE_SECONDS:
@@ -67,7 +76,18 @@ class Progress:
             running = [name for name, done in self.done.items() if done < self.steps_of[name]]
             # nobody may be reading any more, which is no reason to stop training
             with contextlib.suppress(OSError):
-                click.echo("; ".join(self.line(name, now) for name in running or [job]), err=True)
+                lines = [self.line(name, now) for name in running or [job]]
+                click.echo("; ".join([*self.overall(finished, now), *lines]), err=True)
+
+    def overall(self, finished: int, now: float) -> list[str]:
+        """How far all jobs together are, where their number is known."""
+        if self.jobs is None:
+            return []
+        total = self.jobs * self.steps
+        done_before, since = self.first[EVERYTHING]
+        rate = (finished - done_before) / (now - since) if now > since else 0.0
+        left = f", {(total - finished) / rate:.0f} s left" if rate else ""
+        return [f"{EVERYTHING} {100 * finished / total:.0f} %{left}"]
 
     def line(self, job: str, now: float) -> str:
         rate = self.rate(job, now)

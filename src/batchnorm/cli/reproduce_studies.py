@@ -63,7 +63,7 @@ def run(
     options = dataclasses.replace(study.options, **changed)
     workers = threads or usable_cpus()
     try:
-        with Progress(options.steps) as progress:
+        with Progress(options.steps, len(study.arms(options)) * len(options.seeds)) as progress:
             record = reproduce_study(
                 name, options, folder, workers=workers, resume=resume, force=force, on_progress=progress.update
             )

@@ -206,6 +206,8 @@ def run_job(name: str, arm: str, seed: int, options: Any, folder: Path) -> Outco
     job = job_name(arm, seed)
     place = Place(job, folder, functools.partial(report_progress, job), should_stop)
     outcome = study_named(name).run(arm, seed, options, place)
+    # also where there was nothing to train, or nothing left
+    place.on_progress(options.steps)
     rows = [{"arm": arm, "seed": seed, **row} for row in outcome.rows]
     return Outcome(rows, outcome.timing)
 
