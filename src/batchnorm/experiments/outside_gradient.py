@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.experiments.claims import Claim
-from batchnorm.experiments.data.mnist import CLASSES, PIXELS, load_mnist
-from batchnorm.experiments.mnist_network import MnistNetwork, mlp
+from batchnorm.experiments.data.mnist import CLASSES, PIXELS
+from batchnorm.experiments.mnist_network import MnistNetwork, bundled_mnist, mlp
 from batchnorm.experiments.study import (
     Conclusion,
     Outcome,
@@ -98,7 +98,7 @@ def run(arm: str, seed: int, options: Options, place: Place) -> Outcome:
 
 def descend(part: str, where: str, seed: int, options: Options) -> Outcome:
     """Gradient descent on the bias or the scale of one layer, on one mini-batch, in float64: the rest is fixed."""
-    data, generator = load_mnist(), torch.Generator().manual_seed(seed)
+    data, generator = bundled_mnist(), torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data.train_labels), generator=generator)[: options.batch_size]
     first, last = (
         options.init_std * torch.randn(n_in, n_out, dtype=torch.float64, generator=generator)
@@ -135,7 +135,7 @@ def train_network(arm: str, where: str, seed: int, options: Options, place: Plac
     rate = next(rate for rate in RATES if network(rate, where) == arm)
     task = MnistNetwork(
         mlp(seed, block, init_std=options.init_std),
-        load_mnist(),
+        bundled_mnist(),
         seed=seed,
         steps=options.steps,
         batch_size=options.batch_size,
@@ -292,7 +292,7 @@ CAPTION = (
 STUDY = Study(
     title="Normalization outside the gradient",
     options=Options(),
-    quick={"steps": 200, "seeds": (0, 1), "evaluations": 20},
+    quick={"steps": 100, "seeds": (0, 1), "evaluations": 4},
     notes=(
         "The paper gives the argument, a bias before a mean subtraction, and says that a model blew up in initial "
         "experiments; it gives no network, learning rate or numbers. Here: MNIST, the network of section 4.1, plain "
