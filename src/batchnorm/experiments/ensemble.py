@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def reproduce_ensemble(
             InceptionTask(job, options, data, alone, workers, **variation)
             for job, variation in zip(jobs, variations, strict=True)
         ]
-        own = [predict(task, folder, team, crop_images, callbacks.should_stop) for task in tasks]
+        own = [predict(task, folder, team, crop_images, callbacks) for task in tasks]
         everyone = team.gather(own)
         if team.is_first:
             predictions = [joined(parts, crop_images) for parts in zip(*everyone, strict=True)]
@@ -133,7 +132,7 @@ def network_variations(variation: dict[str, Any], options: Options) -> dict[str,
 
 
 @torch.no_grad()
-def predict(task: InceptionTask, folder: Path, team: Team, count: int, should_stop: Callable[[], bool]) -> Tensor:
+def predict(task: InceptionTask, folder: Path, team: Team, count: int, callbacks: Callbacks) -> Tensor:
     """Class probabilities (2, images, classes), of the center crop and mean of 144, for this process's share of images.
 
     They are NaN for an image that cannot be read.
@@ -143,7 +142,8 @@ def predict(task: InceptionTask, folder: Path, team: Team, count: int, should_st
     model, size = task.model.eval(), task.options.size
     found = []
     for index in range(team.rank, count, team.world_size):
-        if should_stop():
+        callbacks.on_progress(f"{task.name}-crops", index, count)
+        if callbacks.should_stop():
             raise StoppedError
         try:
             image = task.data.val.load(index)
@@ -154,6 +154,7 @@ def predict(task: InceptionTask, folder: Path, team: Team, count: int, should_st
         with task.autocast():
             probabilities = model(task.to_device(inputs)).float().softmax(1).cpu()
         found.append(torch.stack([probabilities[0], probabilities[1:].mean(0)]))
+    callbacks.on_progress(f"{task.name}-crops", count, count)
     return torch.stack(found, 1) if found else torch.empty(2, 0, len(task.data.classes))
 
 
