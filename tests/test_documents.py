@@ -19,6 +19,7 @@ from batchnorm.report.text import estimate
 ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "benchmarks/results/2026-11-25-amd-epyc-2cpu.jsonl"
 MNIST = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu"
+ENSEMBLE = ROOT / "results/ensemble/2026-11-26-amd-epyc-2cpu-small"
 EIGHT_SEEDS = ROOT / "results/mnist/2026-11-24-amd-epyc-2cpu-lr1-8seeds"
 INCEPTION = ROOT / "results/inception/2026-11-25-amd-epyc-2cpu-small"
 # of an experiment with several records, the one that README and docs speak of
@@ -197,6 +198,21 @@ def inception_table() -> str:
 
 def test_docs_state_the_recorded_inception():
     assert inception_table() in (ROOT / "docs/inception.md").read_text(), inception_table()
+
+
+def ensemble_table() -> str:
+    claims = record(ENSEMBLE, "claims.json")
+    crops = ("single_top1", "single_top5", "crops_top1", "crops_top5")
+    networks = claims["networks"]
+    mean = [sum(network[name] for network in networks) / len(networks) for name in crops]
+    lines = ["| | top-1, one crop | top-5, one crop | top-1, 144 crops | top-5, 144 crops |", "|---|---|---|---|---|"]
+    for what, errors in (("networks, mean", mean), ("ensemble", [claims["ensemble"][name] for name in crops])):
+        lines.append(f"| {what} | {' | '.join(f'{error:.1%}' for error in errors)} |")
+    return "\n".join(lines)
+
+
+def test_docs_state_the_recorded_ensemble():
+    assert ensemble_table() in (ROOT / "docs/inception.md").read_text(), ensemble_table()
 
 
 def test_docs_state_the_recorded_sweep():

@@ -54,11 +54,6 @@ def test_list_shows_every_experiment_with_claim_source_and_minutes(capsys: pytes
             assert words in listed, words
 
 
-def test_group_without_a_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]):
-    assert run(["reproduce"]) == 2
-    assert "outside-gradient" in capsys.readouterr().out
-
-
 def test_defaults_are_the_study_s(calls: list[tuple[Any, ...]]):
     assert command("--out", "here") == 0
     ((name, chosen, folder, arguments),) = calls

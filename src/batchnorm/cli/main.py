@@ -18,7 +18,7 @@ COMMANDS = {
     "reproduce": (
         "batchnorm.cli.reproduce",
         "reproduce",
-        "Run an experiment of the paper and give a verdict per claim.",
+        "Run an experiment and give a verdict per claim.",
     ),
 }
 

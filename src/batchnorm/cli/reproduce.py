@@ -23,7 +23,6 @@ from batchnorm.experiments.mnist_claims import ARMS
 from batchnorm.experiments.mnist_sweep import sweep_mnist
 from batchnorm.experiments.run_folder import CONFIG, default_folder, latest_folder, read_record
 
-ERROR = 2
 PLAIN_WIDTH = 79
 QUICK_STEPS = 1000
 QUICK_SEEDS = 2
@@ -44,8 +43,7 @@ def reproduce(ctx: click.Context, only_list: bool) -> None:
         click.echo(listing())
         ctx.exit()
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-        ctx.exit(ERROR)
+        raise click.exceptions.NoArgsIsHelpError(ctx)
 
 
 @reproduce.command()
