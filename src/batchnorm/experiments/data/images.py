@@ -81,11 +81,12 @@ class DigitImages(Images):
         return Image.fromarray(np.asarray(self.pixels[index])).convert("RGB")
 
 
-def mnist_images(folder: Path | None = None) -> ImageData:
+def mnist_images(folder: Path | None = None, *, validation_images: int | None = None) -> ImageData:
     """The MNIST digits as an image set, 60,000 and 10,000 images of 28 x 28 pixels, for machines without ImageNet.
 
     Args:
         folder: the user's own copy of the four files; None for the bundled ones.
+        validation_images: how many of the 10,000, the first ones; None for all.
 
     Raises:
         DataError: the files are not MNIST's.
@@ -102,7 +103,7 @@ def mnist_images(folder: Path | None = None) -> ImageData:
         name="mnist",
         layout="mnist",
         train=DigitImages(mnist.train_images, mnist.train_labels),
-        val=DigitImages(mnist.test_images, mnist.test_labels),
+        val=DigitImages(mnist.test_images[:validation_images], mnist.test_labels[:validation_images]),
         classes=[str(digit) for digit in range(CLASSES)],
         flip=False,
     )
