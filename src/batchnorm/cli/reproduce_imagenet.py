@@ -137,6 +137,9 @@ def run(ctx: click.Context, experiment: str, reproduce: Callable[..., dict[str, 
         torch.set_num_threads(given["threads"])
     folder = given["out"] or (latest_folder(experiment) if resume else default_folder(experiment))
     recorded = recorded_options(folder) if resume else {}
+    # a process that prepares images takes longer to start than a trial to train
+    is_given = ctx.get_parameter_source("workers") is not ParameterSource.DEFAULT
+    workers = given["workers"] if is_given or not given["quick"] else 0
     few = QUICK_VALIDATION_IMAGES if given["quick"] else recorded.get("validation_images")
     images = mnist_images(validation_images=few) if data is None else open_images(data)
     with join_team(given["device"]) as team:
@@ -160,7 +163,7 @@ def run(ctx: click.Context, experiment: str, reproduce: Callable[..., dict[str, 
                     folder,
                     images,
                     team,
-                    workers=given["workers"],
+                    workers=workers,
                     resume=resume,
                     force=force,
                     callbacks=callbacks,
