@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from batchnorm.cli import options
 from batchnorm.cli.main import run
+from batchnorm.cli.reproduce import reproduce
 from batchnorm.experiments import study
 from batchnorm.experiments.catalogue import EXPERIMENTS
 from batchnorm.experiments.outside_gradient import STUDY
@@ -101,6 +103,28 @@ def test_bad_options_end_in_one_line(arguments: tuple[object, ...], line: str, c
     error = capsys.readouterr().err
     assert line in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--quick"]])
+def test_all_gives_each_experiment_a_folder_and_resumes_what_was_begun(arguments, monkeypatch: pytest.MonkeyPatch):
+    given = {}
+    find = reproduce.get_command
+
+    def stand_in(ctx: click.Context, name: str) -> click.Command | None:
+        options = [click.Option(["--out"]), *(click.Option([flag], is_flag=True) for flag in ("--quick", "--resume"))]
+        return find(ctx, name) if name == "all" else click.Command(name, params=options, callback=given_to(name))
+
+    def given_to(name: str):
+        return lambda **values: given.update({name: values}) or int(name == "scale")
+
+    monkeypatch.setattr(reproduce, "get_command", stand_in)
+    Path("runs/mnist").mkdir(parents=True)
+    assert run(["reproduce", "all", "--resume", "--out", "runs", *arguments]) == 1
+    quick = "--quick" in arguments
+    assert given == {
+        entry.name: {"out": f"runs/{entry.name}", "quick": quick, "resume": entry.name == "mnist"}
+        for entry in EXPERIMENTS
+    }
 
 
 def test_every_experiment_runs_quickly_and_a_finished_one_is_not_run_again(tmp_path: Path):

@@ -6,6 +6,7 @@ batch is measured on networks that are not trained.
 """
 
 import math
+from statistics import linear_regression
 
 from batchnorm.experiments.batch_size_networks import (
     ARMS,
@@ -116,7 +117,8 @@ def disagreement_claim(best: Best) -> Claim:
     # a disagreement of none of the images counts as that of half an image
     floor = 0.5 / min(row["images_compared"] for side in sides for row in side)
     values = [
-        slope(x, [math.log2(max(row["disagreement"], floor)) for row in column]) for column in zip(*sides, strict=True)
+        linear_regression(x, [math.log2(max(row["disagreement"], floor)) for row in column]).slope
+        for column in zip(*sides, strict=True)
     ]
     return claim(
         "modes-disagree",
@@ -183,7 +185,10 @@ def noise_claim(noise: list[Row]) -> Claim:
     seeds = sorted({row["seed"] for row in noise})
     runs = [of_arm(noise, NOISE, seed) for seed in seeds]
     slopes = [
-        slope([math.log(row["batch"]) for row in run], [math.log(row["noise_of_mean"]) for row in run]) for run in runs
+        linear_regression(
+            [math.log(row["batch"]) for row in run], [math.log(row["noise_of_mean"]) for row in run]
+        ).slope
+        for run in runs
     ]
     return claim(
         "noise-falls",
@@ -197,17 +202,6 @@ def noise_claim(noise: list[Row]) -> Claim:
         paper="exponent -1",
         below=0.05,
     )
-
-
-def slope(x: list[float], y: list[float]) -> float:
-    """Of the least-squares line.
-
-    Example:
-        >>> slope([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
-        2.0
-    """
-    middle = math.fsum(x) / len(x)
-    return math.fsum((a - middle) * b for a, b in zip(x, y, strict=True)) / math.fsum((a - middle) ** 2 for a in x)
 
 
 def table(best: Best) -> Table:

@@ -8,7 +8,8 @@ Few training images, so that there is overfitting: a network with and without BN
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from statistics import linear_regression
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ def noise_claim(rows: list[Row]) -> Claim:
     slopes = []
     for seed in sorted({row["seed"] for row in of_arm(rows, COMPANIONS)}):
         points = [(math.log(r["batch_size"]), math.log(r["variance"])) for r in of_arm(rows, COMPANIONS, seed)]
-        slopes.append(fitted_slope(points))
+        slopes.append(linear_regression(*zip(*points, strict=True)).slope)
     return claim(
         "companions",
         "What BN computes for a training example depends on the others of its mini-batch, the less the larger it is.",
@@ -200,12 +201,6 @@ def noise_claim(rows: list[Row]) -> Claim:
         paper="no longer producing deterministic values for a given training example",
         below=0.2,
     )
-
-
-def fitted_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the line of least squares."""
-    x_mean, y_mean = (average(column) for column in zip(*points, strict=True))
-    return sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)
 
 
 def gaps(rows: list[Row], name: str) -> list[float]:
