@@ -288,7 +288,7 @@ def test_an_unknown_estimator_is_refused_before_the_loader_is_asked(model: nn.Mo
 
 @pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)], ids=str)
 def test_a_model_without_running_statistics_is_refused(model: nn.Module):
-    with pytest.raises(ValueError, match="no batch normalization layer with running statistics"):
+    with pytest.raises(ValueError, match="no batch normalization layer"):
         recalibrate(model, make_batches([5], ()))
 
 

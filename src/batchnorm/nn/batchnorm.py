@@ -1,6 +1,6 @@
 """BatchNorm1d, BatchNorm2d, BatchNorm3d, and ``explain``."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,22 @@ from batchnorm.functional import evaluate, train_and_track
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
+class Recorder(Protocol):
+    """Runs the training forward of a layer in its place, where its running statistics must not move."""
+
+    def __call__(
+        self,
+        layer: "FusedBatchNorm",
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        choice: Choice,
+    ) -> Tensor:
+        """Normalize by ``layer.train_and_track`` with other buffers than the layer's."""
+        ...
+
+
 class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three layers share: everything but the check of the number of dimensions."""
 
@@ -20,6 +36,7 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     activation: str | None = None
     implementation: str = "auto"
     last_choice: Choice | None = None
+    recorder: Recorder | None = None
 
     def __init__(
         self,
@@ -61,6 +78,8 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.last_choice = choice
         if not by_batch:
             return evaluate(input, running_mean, running_var, weight, bias, residual, activation, self.eps, choice)
+        if training and self.recorder is not None:
+            return self.recorder(self, input, weight, bias, residual, choice)
         momentum: float | Tensor | None = self.momentum
         if not training or not self.track_running_stats:
             running_mean = running_var = None

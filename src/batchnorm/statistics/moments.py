@@ -22,12 +22,16 @@ class Moments:
 
     def add(self, input: Tensor) -> None:
         """Count the values of a batch (N, C, *)."""
-        count = values_per_channel(input)
+        wide = input.detach().double()
+        if wide.numel():
+            mean = batch_mean(wide)
+            self.merge(values_per_channel(input), mean, self.spread(wide, mean))
+
+    def merge(self, count: int, mean: Tensor, var: Tensor) -> None:
+        """Count the values of a batch whose mean and spread, divided by ``count``, are known."""
         if count == 0:
             return
-        wide = input.detach().double()
-        mean = batch_mean(wide)
-        var = self.spread(wide, mean)
+        mean, var = mean.detach().double(), var.detach().double()
         total = self.count + count
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / total)

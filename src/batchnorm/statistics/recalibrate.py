@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from batchnorm.nn import MaskedBatchNorm1d
 from batchnorm.nn.whitening import Whitening
+from batchnorm.statistics.layers import has_running_statistics, normalizing_layers, spread_of
 from batchnorm.statistics.moments import Moments
 
-LAYERS = (torch.nn.modules.batchnorm._BatchNorm, Whitening)
 ESTIMATORS: dict[str, Callable[[Moments], tuple[Tensor, Tensor]]] = {
     "pooled": Moments.pooled,
     "paper": Moments.averaged,
@@ -74,11 +74,7 @@ def recalibrate(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LAYERS) and module.running_mean is not None and spread_of(module) is not None
-    }
+    layers = {name: layer for name, layer in normalizing_layers(model).items() if has_running_statistics(layer)}
     if not layers:
         raise ValueError("the model has no batch normalization layer with running statistics")
     with measuring(model, layers) as moments:
@@ -123,11 +119,6 @@ def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Mo
 
 def moments_of(layer: nn.Module) -> Moments:
     return Moments((layer.group_size or layer.num_features) if isinstance(layer, Whitening) else None)
-
-
-def spread_of(layer: Any) -> Tensor | None:
-    """The running variance, or of a whitening layer the running covariance."""
-    return layer.running_cov if isinstance(layer, Whitening) else layer.running_var
 
 
 def measure(moments: Moments) -> Callable[..., None]:
