@@ -41,14 +41,14 @@ EXPERIMENTS = (
         "whitening",
         "Full whitening against BN: cost, training, singular covariances, and what its gradient is for",
         f"{IOFFE}, sections 2 and 3",
-        3,
+        4,
         "batchnorm.experiments.whitening",
     ),
     Entry(
         "batch-size",
         "Batches of 2 to 512 with BN, Ghost BN and Batch Renorm, evaluated with running and population statistics",
         "Ioffe 2017; Hoffer et al. 2017; Wu & Johnson 2021",
-        3,
+        5,
         "batchnorm.experiments.batch_size",
     ),
     Entry(

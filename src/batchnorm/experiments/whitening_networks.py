@@ -1,9 +1,11 @@
 """The networks of the whitening study: methods, batches and widths, their training, cost and covariances."""
 
+import contextlib
+import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm import functional
+from batchnorm.experiments.data.mnist import Mnist
 from batchnorm.experiments.learning_rates import each_rate
 from batchnorm.experiments.mnist_network import MnistNetwork, bundled_mnist, mlp, normalized_by_batch
 from batchnorm.experiments.study import Outcome, Place, Row
 from batchnorm.nn import BatchNorm1d, Whitening1d
 from batchnorm.reference import batch_mean, covariance
+from batchnorm.statistics import recalibrate
 
 WIDTHS, BATCHES = (32, 64, 128), (16, 64, 256)
 WIDTH, LARGE = 64, 256
@@ -93,6 +97,7 @@ class Options:
     rounds: int = 15
     evaluations: int = 5
     measured_images: int = 512
+    population_images: int = 2_048
     test_images: int = 2_000
 
 
@@ -116,6 +121,7 @@ def run(arm: str, seed: int, options: Options, place: Place) -> Outcome:
         return Outcome(measure_ranks(seed, options))
     chosen, data, rows, timing = ARMS[arm], bundled_mnist(), [], None
     images, labels = data.inputs(data.train_images[: options.measured_images]), data.train_labels
+    population = data.inputs(data.train_images[: options.population_images])
     data = data._replace(
         test_images=data.test_images[: options.test_images], test_labels=data.test_labels[: options.test_images]
     )
@@ -125,6 +131,7 @@ def run(arm: str, seed: int, options: Options, place: Place) -> Outcome:
         return {
             "weight_size": torch.stack(weights).norm().item(),
             "train_loss": training_loss(model, images, labels, chosen.batch_size),
+            "population_accuracy": population_accuracy(model, population.split(chosen.batch_size), data),
             **correlations(model, images),
         }
 
@@ -150,6 +157,16 @@ def training_loss(model: nn.Module, images: Tensor, labels: Tensor, batch_size: 
     with normalized_by_batch(model):
         output = torch.cat([model(part) for part in images.split(batch_size)])
     return F.cross_entropy(output, labels[: len(images)]).item()
+
+
+def population_accuracy(model: nn.Module, batches: Sequence[Tensor], data: Mnist) -> float:
+    """On the test images, by population statistics: those of all training batches together."""
+    measured = copy.deepcopy(model)
+    # a network that has diverged has none, and is scored as it stands
+    with contextlib.suppress(ValueError):
+        recalibrate(measured, batches)
+    scores = measured(data.inputs(data.test_images))
+    return (scores.argmax(1) == data.test_labels).double().mean().item()
 
 
 def correlations(model: nn.Module, images: Tensor) -> dict[str, float]:
