@@ -103,9 +103,14 @@ class Problem:
         output = reference.activate(reference.scale_and_shift(normalized, weight, bias), total, self.activation)
         (g,) = torch.autograd.grad(output, total, grad_output)
         eps, dims = torch.finfo(self.weight.dtype).eps, reference.reduced_dims(x)
-        terms = {"grad_weight": (g * normalized).abs().sum(dims), "grad_bias": g.abs().sum(dims)}
+        invstd = (reference.batch_var(x, reference.batch_mean(x)) + EPS).rsqrt()
+        terms = {
+            "grad_input": (g * reference.per_channel(weight * invstd, x)).abs(),
+            "grad_weight": (g * normalized).abs().sum(dims),
+            "grad_bias": g.abs().sum(dims),
+        }
         return [
-            value + eps * terms[name] if name in terms else value.to(self.weight.dtype if value.dim() == 1 else dtype)
+            value.to(self.weight.dtype if value.dim() == 1 else dtype).double() + eps * terms.get(name, 0)
             for name, value in zip(NAMES, exact, strict=False)
         ]
 

@@ -18,6 +18,8 @@ OURS, TORCH, INPLACE, COMPILE, JAX, COPY = "ours", "torch", "torch-inplace", "to
 PEERS = (TORCH, INPLACE, COMPILE, JAX)
 # Of the whitening layers: the research code's formulation, and the layer that whitening stands in for
 MATRIX, BATCH_NORM = "matrix", "batchnorm"
+# The same network or step without what is measured
+WITHOUT = "without"
 # Those that torch overwrites without keeping a copy for backward
 IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "relu6": nn.ReLU6(inplace=True)}
 

@@ -10,15 +10,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import batchnorm
 from batchnorm.benchmarks.correctness import another_function
-from batchnorm.benchmarks.peers import OURS, TORCH, PeerUnavailableError
+from batchnorm.benchmarks.peers import OURS, TORCH, WITHOUT, PeerUnavailableError
 from batchnorm.benchmarks.run import Record, as_microseconds
 from batchnorm.benchmarks.steps import BATCH, SIZE, resnet18, training_step
 from batchnorm.benchmarks.timing import time_in_turn, watch_others
 
 SUITE = "statistics"
 RECALIBRATION, DEFERRAL, FOLDING = "recalibrate", "deferred_stats", "fold"
-# who is compared: the same work without it
-WITHOUT, UNFOLDED = "without", "unfolded"
 BATCHES = 3
 
 Calls = dict[str, Callable[[], Any]]
@@ -75,7 +73,7 @@ def folding(model: nn.Module, batches: list[Tensor]) -> tuple[Calls, str | None]
     model.eval()
     images = batches[0]
     folded, _ = batchnorm.fold(model, images[:2])
-    networks = {UNFOLDED: model, TORCH: fused_by_torch(model), OURS: folded}
+    networks = {WITHOUT: model, TORCH: fused_by_torch(model), OURS: folded}
     exact = copy.deepcopy(model).double()(images[:2].double())
     wrong = another_function(["scores"], [folded(images[:2])], [exact])
     return {name: without_gradients(network, images) for name, network in networks.items()}, wrong
@@ -100,4 +98,7 @@ PREPARE: dict[str, Callable[[nn.Module, list[Tensor]], tuple[Calls, str | None]]
     DEFERRAL: deferral,
     FOLDING: folding,
 }
-CASES = [*(f"{what} of {layers}" for what in (RECALIBRATION, DEFERRAL) for layers in (TORCH, OURS)), f"{FOLDING} of {TORCH}"]
+CASES = [
+    *(f"{what} of {layers}" for what in (RECALIBRATION, DEFERRAL) for layers in (TORCH, OURS)),
+    f"{FOLDING} of {TORCH}",
+]

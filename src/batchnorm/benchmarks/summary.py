@@ -5,24 +5,30 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.benchmarks.cases import BOTH, LARGE_BYTES
-from batchnorm.benchmarks.peers import COMPILE, COPY, JAX, MATRIX, OURS, TORCH
+from batchnorm.benchmarks.peers import COMPILE, COPY, JAX, MATRIX, OURS, TORCH, WITHOUT
 
 Record = dict[str, Any]
 STEP_TARGETS = {"MobileNetV2": 1.4, "BN-Inception": 1.15, "ResNet-18": 1.1}
 SUITES = ("quick", "full")
+# name, wanted, cases, and who is compared
+COST_TARGETS = (
+    ("evaluation against recalibration, ResNet-18", 1 / 1.05, "recalibrate", WITHOUT),
+    ("training step without deferred_stats against with it, ResNet-18", 1 / 1.02, "deferred_stats", WITHOUT),
+    ("folded ResNet-18 against torch's own folding", 1.0, "fold", TORCH),
+)
 
 
 class Target(NamedTuple):
-    """A promise and what was measured; ``value`` is None where the record does not tell."""
+    """A promise and what was measured."""
 
     name: str
     wanted: float
-    value: float | None
+    value: float
     detail: str = ""
 
     @property
-    def reached(self) -> bool | None:
-        return None if self.value is None else self.value >= self.wanted
+    def reached(self) -> bool:
+        return self.value >= self.wanted
 
 
 class Measured:
@@ -84,58 +90,56 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 
 
 def targets(records: Sequence[Record]) -> list[Target]:
-    """What the package promises about speed, with what this record shows."""
-    cases = cases_of(records)
+    """What the package promises about speed and this record can tell, with what it shows."""
+    cases, whitening = cases_of(records), cases_of(records, ["whitening"])
     bn_relu = [case for case in cases if case.is_bn_relu()]
+    large = [case for case in bn_relu if case.is_large()]
     compilers = [peer for peer in (COMPILE, JAX) if any(peer in case.peers for case in bn_relu)]
     compared = f"the faster of {COMPILE} and {JAX}" if len(compilers) != 1 else compilers[0]
-    large = [case for case in bn_relu if case.is_large()]
     found = [
-        mean_target("BN+ReLU forward+backward float32 against torch", 4.0, bn_relu, lambda case: case.ratio(TORCH)),
-        mean_target(
-            f"the same against {compared}",
-            6.0,
-            bn_relu,
-            lambda case: case.ratio(COMPILE, JAX),
-        ),
-        lowest_target("slowest of all cases against torch", 1.0, cases, lambda case: case.ratio(TORCH)),
+        mean_target("BN+ReLU forward+backward float32 against torch", 4.0, by_case(bn_relu, lambda c: c.ratio(TORCH))),
+        mean_target(f"the same against {compared}", 6.0, by_case(bn_relu, lambda c: c.ratio(COMPILE, JAX))),
+        lowest_target("slowest of all cases against torch", 1.0, by_case(cases, lambda c: c.ratio(TORCH))),
         lowest_target(
-            "share of the copy bandwidth, BN+ReLU forward+backward, large cases", 0.8, large, Measured.bandwidth_share
+            "share of the copy bandwidth, BN+ReLU forward+backward, large cases",
+            0.8,
+            by_case(large, Measured.bandwidth_share),
         ),
+        *(
+            lowest_target(f"training step of {model}, converted", wanted, {"": value})
+            for model, wanted in STEP_TARGETS.items()
+            if (value := step_ratios(records).get((model, "contiguous"))) is not None
+        ),
+        lowest_target("two threads against one, large cases", 1.7, thread_gains(records)),
+        lowest_target(
+            "whitening against the matrix formulation of the research code",
+            1 / 3,
+            by_case(whitening, lambda c: c.ratio(MATRIX)),
+        ),
+        *(lowest_target(name, wanted, cost_ratios(records, what, peer)) for name, wanted, what, peer in COST_TARGETS),
     ]
-    steps = step_ratios(records)
-    for model, wanted in STEP_TARGETS.items():
-        found.append(Target(f"training step of {model}, converted", wanted, steps.get((model, "contiguous"))))
-    gains = thread_gains(records)
-    lowest = min(gains, key=lambda name: gains[name], default=None)
-    value = None if lowest is None else gains[lowest]
-    found.append(Target("two threads against one, large cases", 1.7, value, described(lowest, gains.values())))
-    if whitening := cases_of(records, ["whitening"]):
-        name = "whitening against the matrix formulation of the research code"
-        found.append(lowest_target(name, 1 / 3, whitening, lambda case: case.ratio(MATRIX)))
-    return found
+    return [target for target in found if target is not None]
 
 
-def mean_target(
-    name: str, wanted: float, cases: Sequence[Measured], number: Callable[[Measured], float | None]
-) -> Target:
-    values = [value for case in cases if (value := number(case)) is not None]
-    return Target(f"{name}, geometric mean", wanted, geometric_mean(values), f"{len(values)} cases" if values else "")
+def by_case(cases: Sequence[Measured], number: Callable[[Measured], float | None]) -> dict[str, float]:
+    """A number of each case and pass that has it."""
+    return {f"{c.record['case']}, {c.record['pass']}": value for c in cases if (value := number(c)) is not None}
 
 
-def lowest_target(
-    name: str, wanted: float, cases: Sequence[Measured], number: Callable[[Measured], float | None]
-) -> Target:
+def mean_target(name: str, wanted: float, values: dict[str, float]) -> Target | None:
+    mean = geometric_mean(values.values())
+    return None if mean is None else Target(f"{name}, geometric mean", wanted, mean, f"{len(values)} cases")
+
+
+def lowest_target(name: str, wanted: float, values: dict[str, float]) -> Target | None:
     """Judged by the lowest case, which the detail names."""
-    values = {f"{case.record['case']}, {case.record['pass']}": value for case in cases if (value := number(case))}
-    lowest = min(values, key=lambda case: values[case], default=None)
-    value = None if lowest is None else values[lowest]
-    return Target(f"{name}, lowest", wanted, value, described(lowest, values.values()))
-
-
-def described(lowest: str | None, values: Iterable[float]) -> str:
-    mean = geometric_mean(values)
-    return "" if lowest is None or mean is None else f"{lowest}; geometric mean {mean:.2f}"
+    if not values:
+        return None
+    lowest = min(values, key=lambda case: values[case])
+    if len(values) == 1:
+        return Target(name, wanted, values[lowest], lowest)
+    detail = f"{lowest}; geometric mean {geometric_mean(values.values()):.2f}"
+    return Target(f"{name}, lowest", wanted, values[lowest], detail)
 
 
 def step_ratios(records: Iterable[Record]) -> dict[tuple[str, str], float]:
@@ -146,6 +150,15 @@ def step_ratios(records: Iterable[Record]) -> dict[tuple[str, str], float]:
             key = record["model"], record["memory_format"]
             times.setdefault(key, {})[record["peer"]] = record["microseconds"]
     return {key: both[TORCH] / both[OURS] for key, both in times.items() if {TORCH, OURS} <= both.keys()}
+
+
+def cost_ratios(records: Iterable[Record], what: str, peer: str) -> dict[str, float]:
+    """How many times as long the peer takes as ours, by case of one kind, such as "fold"."""
+    times: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record["kind"] == "cost" and record["case"].startswith(f"{what} of "):
+            times.setdefault(record["case"], {})[record["peer"]] = record["microseconds"]
+    return {case: both[peer] / both[OURS] for case, both in times.items() if {peer, OURS} <= both.keys()}
 
 
 def thread_gains(records: Sequence[Record], peer: str = OURS) -> dict[str, float]:

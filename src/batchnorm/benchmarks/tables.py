@@ -46,7 +46,7 @@ def page(paths: Sequence[Path]) -> str:
         records = read_records(path)
         parts += [f"## {path.stem}\n", header_lines(records[0]), busy_line(records), target_table(targets(records))]
         parts += [case_table(cases_of(records)), step_table(records), scaling_tables(records)]
-        parts += [whitening_table(cases_of(records, ["whitening"])), refused(records)]
+        parts += [whitening_table(cases_of(records, ["whitening"])), cost_table(records), refused(records)]
     return "\n".join(part for part in parts if part)
 
 
@@ -78,7 +78,7 @@ def target_table(found: Sequence[Target]) -> str:
 
 
 def verdict(target: Target) -> str:
-    return {True: "reached", False: "missed", None: "not measured"}[target.reached]
+    return "reached" if target.reached else "missed"
 
 
 def case_table(cases: Sequence[Measured]) -> str:
@@ -130,6 +130,24 @@ def whitening_table(cases: Sequence[Measured]) -> str:
         name, microseconds = case.record["case"], f"{case.peers[OURS]['microseconds']:,.4g}"
         rows.append([name, microseconds, ratio(case.ratio(MATRIX)), ratio(price and 1 / price, 1)])
     return markdown(["forward+backward", "ours, us", "against the matrix formulation", "times the cost of BN"], rows)
+
+
+def cost_table(records: Sequence[Record]) -> str:
+    """What statistics cost: everybody's time, and how many times as long as ours each takes."""
+    cases: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if record["kind"] == "cost":
+            cases.setdefault(record["case"], {})[record["peer"]] = record
+    rows = []
+    for case, peers in cases.items():
+        ours = peers[OURS]["microseconds"]
+        others = [
+            f"{peer} {r['microseconds'] / 1000:,.0f} ms, {ratio(r['microseconds'] / ours)}"
+            for peer, r in peers.items()
+            if peer != OURS
+        ]
+        rows.append([case, str(peers[OURS]["batch"]), f"{ours / 1000:,.0f}", "; ".join(others)])
+    return markdown(["ResNet-18", "batch", "ours, ms", "compared with, and how many times as long"], rows)
 
 
 def refused(records: Sequence[Record]) -> str:

@@ -16,6 +16,9 @@ from batchnorm.benchmarks.cases import Case, choose_cases, name_matches
 from batchnorm.benchmarks.peers import MATRIX, OURS, PEERS, TORCH, why_unavailable
 from batchnorm.benchmarks.records import append, is_done, make_header, read_records, start_file
 from batchnorm.benchmarks.run import measure_case, measure_threads
+from batchnorm.benchmarks.statistics import CASES as STATISTICS_CASES
+from batchnorm.benchmarks.statistics import SUITE as STATISTICS
+from batchnorm.benchmarks.statistics import measure_statistics
 from batchnorm.benchmarks.steps import MODELS, measure_steps
 from batchnorm.benchmarks.suites import SIZE_CASES, SUITES, THREAD_CASES
 from batchnorm.benchmarks.summary import Target, cases_of, targets
@@ -48,7 +51,9 @@ class Peers(click.ParamType):
 
 
 @click.command()
-@click.option("--suite", type=click.Choice([*SUITES, WHITENING, "none"]), default="quick", show_default=True)
+@click.option(
+    "--suite", type=click.Choice([*SUITES, WHITENING, STATISTICS, "none"]), default="quick", show_default=True
+)
 @click.option("--case", "patterns", multiple=True, help="Only cases whose name contains this; * stands for anything.")
 @click.option("--peers", type=Peers(), default=",".join(PEERS), show_default=True, help="Whom to compare with.")
 @click.option("--steps", is_flag=True, help="Training steps of whole networks, with and without convert, too.")
@@ -127,6 +132,10 @@ def choose_jobs(
     if suite == WHITENING:
         cases = [case for case in WHITENING_CASES if name_matches(case.name, patterns)]
         jobs += [(suite, case.name, functools.partial(measure_whitening, case, seconds)) for case in cases]
+    if suite == STATISTICS:
+        cases = [case for case in STATISTICS_CASES if name_matches(case, patterns)]
+        longer = STEP_SECONDS * seconds / SECONDS
+        jobs += [(suite, case, functools.partial(measure_statistics, case, longer)) for case in cases]
     if scaling:
         jobs += [of_case(case, "size", [TORCH]) for case in choose_cases(SIZE_CASES, patterns)]
         jobs += [of_threads(case) for case in choose_cases(THREAD_CASES, patterns)]
@@ -175,6 +184,12 @@ def outcome(records: Sequence[Record]) -> list[str]:
         against = "".join(f", {times:.2f} times as fast as {other}" for other, times in ratios.items() if times)
         threads = case.record["threads"]
         lines.append(f"{case.record['pass']} {case.peers[OURS]['microseconds']:,.1f} us, {threads} threads{against}")
+    costs = {record["peer"]: record["microseconds"] for record in records if record["kind"] == "cost"}
+    if costs:
+        others = (
+            f"{peer} takes {time / costs[OURS]:.3f} times as long" for peer, time in costs.items() if peer != OURS
+        )
+        lines.append(f"{costs[OURS] / 1000:,.0f} ms; {', '.join(others)}")
     both = {record["peer"]: record["microseconds"] for record in records if record["kind"] == "step"}
     if both:
         lines.append(f"step {both[OURS] / 1000:,.0f} ms, {both[TORCH] / both[OURS]:.2f} times as fast as unconverted")
@@ -226,6 +241,5 @@ class Counter:
 def print_targets(found: Sequence[Target]) -> None:
     """One line per target."""
     for target in found:
-        value = "" if target.value is None else f": {target.value:.2f} of {target.wanted:g}"
         detail = f" ({target.detail})" if target.detail else ""
-        click.echo(f"{verdict(target):12}  {target.name}{value}{detail}")
+        click.echo(f"{verdict(target):7}  {target.name}: {target.value:.2f} of {target.wanted:.3g}{detail}")

@@ -41,7 +41,7 @@ EXPERIMENTS = (
         "whitening",
         "Full whitening against BN: cost, training, singular covariances, and what its gradient is for",
         f"{IOFFE}, sections 2 and 3",
-        4,
+        5,
         "batchnorm.experiments.whitening",
     ),
     Entry(
