@@ -1,0 +1,1 @@
+"""Finds what is wrong with the batch normalization layers of a checkpoint or a model."""

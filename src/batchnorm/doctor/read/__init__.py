@@ -1,0 +1,1 @@
+"""One reader per file format; none runs anything that a file contains."""
