@@ -11,33 +11,41 @@ if TYPE_CHECKING:
     from batchnorm.environment import describe_environment
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
-    from batchnorm.statistics import recalibrate
+    from batchnorm.statistics import assert_unchanged, freeze, normalize_by, recalibrate, unfreeze
     from batchnorm.surgery import convert, revert
 
 __version__ = "0.1.0"
 __all__ = [
+    "assert_unchanged",
     "convert",
     "describe_environment",
     "errors",
     "explain",
+    "freeze",
     "functional",
     "insight",
     "memory_report",
     "nn",
+    "normalize_by",
     "recalibrate",
     "reference",
     "revert",
     "statistics",
     "surgery",
+    "unfreeze",
 ]
 
 HOME = {
+    "assert_unchanged": "batchnorm.statistics",
     "convert": "batchnorm.surgery",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
+    "freeze": "batchnorm.statistics",
     "memory_report": "batchnorm.insight",
+    "normalize_by": "batchnorm.statistics",
     "recalibrate": "batchnorm.statistics",
     "revert": "batchnorm.surgery",
+    "unfreeze": "batchnorm.statistics",
 }
 
 

@@ -6,6 +6,7 @@ The tree, root first:
     |-- DataError              a data file is not what it should be (also a ValueError)
     |-- RunError               a run folder cannot be used as asked (also a RuntimeError)
     |-- ImplementationError    the requested implementation cannot serve this call (also a RuntimeError)
+    |-- ChangedError           what was asserted not to change did (also an AssertionError)
     `-- MissingExtraError      an optional dependency is not installed (also an ImportError)
 """
 
@@ -24,6 +25,10 @@ class RunError(BatchNormError, RuntimeError):
 
 class ImplementationError(BatchNormError, RuntimeError):
     """The implementation that was asked for by name cannot serve this call."""
+
+
+class ChangedError(BatchNormError, AssertionError):
+    """Something changed that was asserted to stay as it is; the message names all of it."""
 
 
 class MissingExtraError(BatchNormError, ImportError):
