@@ -157,6 +157,7 @@ def test_frozen_gamma_and_beta_require_what_they_did_when_unfrozen(kind: Kind):
 def test_parameters_that_two_layers_share_require_a_gradient_again():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     model[1].weight = model[0].weight
+    batchnorm.freeze(model, "0", affine=True)
     batchnorm.freeze(model, affine=True)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     batchnorm.unfreeze(model)

@@ -53,9 +53,9 @@ def freeze(
     if not (statistics or affine):
         raise ValueError("nothing to freeze: statistics and affine are both False")
     layers = normalizing_layers(model, pattern)
-    for name, layer in layers.items() if statistics else ():
-        check_can_freeze(name, layer)
     if statistics:
+        for name, layer in layers.items():
+            check_can_freeze(name, layer)
         freeze_statistics(list(layers.values()))
     if affine:
         freeze_affine(model, list(layers.values()))
@@ -91,15 +91,15 @@ def unfreeze(
     done = []
     for name, layer in normalizing_layers(model, pattern).items():
         own = vars(layer)
-        thawed = {key for key, asked in (("frozen_statistics", statistics), ("frozen_affine", affine)) if asked} & {
-            *own
-        }
+        asked = {"frozen_statistics": statistics, "frozen_affine": affine}
+        thawed = [key for key in asked if asked[key] and key in own]
         if "frozen_statistics" in thawed:
             mode = own.pop("training_unless_frozen")
             layer.training = parents[id(layer)].training if id(layer) in parents else mode
         if "frozen_affine" in thawed:
             for key, parameter in holders.get(id(layer), layer).named_parameters():
-                parameter.requires_grad_(own["frozen_affine"].get(key, parameter.requires_grad))
+                if own["frozen_affine"].get(key):
+                    parameter.requires_grad_(True)
         for key in thawed:
             del own[key]
         if thawed:
@@ -128,12 +128,11 @@ def restore_modes(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
         if isinstance(layer, LAYERS) and METADATA in metadata.get(name, {})
     }
     for name, (layer, modes) in saved.items():
-        if "frozen_statistics" in modes:
+        if modes.get("frozen_statistics"):
             check_can_freeze(name, layer)
-        if "normalizes_by" in modes:
-            check_can_normalize(name, layer, modes["normalizes_by"])
-    freeze_statistics([layer for layer, modes in saved.values() if "frozen_statistics" in modes])
-    freeze_affine(model, [layer for layer, modes in saved.values() if "frozen_affine" in modes])
+        check_can_normalize(name, layer, modes.get("normalizes_by"))
+    freeze_statistics([layer for layer, modes in saved.values() if modes.get("frozen_statistics")])
+    freeze_affine(model, [layer for layer, modes in saved.values() if modes.get("frozen_affine")])
     for layer, modes in saved.values():
         if "normalizes_by" in modes:
             set_normalizes_by(layer, modes["normalizes_by"])
