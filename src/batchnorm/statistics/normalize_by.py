@@ -44,11 +44,11 @@ def normalize_by(model: nn.Module, by: str | float | None, pattern: str | Iterab
             training (ghost, renorm, masked, whitening, SyncBatchNorm). The model is as before.
 
     Limits: "batch" in evaluation is what the layer does in evaluation without running statistics: over the whole batch
-    for ghost BN, without correction for renorm, over the samples of this process for SyncBatchNorm. A training pass
-    by anything but the batch costs a second forward pass, for the statistics, and needs two values per channel for
-    them. A mix is computed by plain operations. ``torch.compile`` and ``torch.export`` follow all of it;
-    ``torch.jit.script`` does not. Blocks that :func:`convert` fused run unfused. As with :func:`freeze`, ``copy.copy``
-    of a layer is not an independent layer, and ``copy.deepcopy`` is.
+    for ghost BN, without correction for renorm, over the samples of this process for SyncBatchNorm. A training pass by
+    anything but the batch costs a second forward pass, for the statistics, and needs two values per channel for them. A
+    mix is computed by plain operations. ``torch.compile`` and ``torch.export`` follow what they follow of the layer
+    without a choice; ``torch.jit.script`` follows none. Blocks that :func:`convert` fused run unfused. As with
+    :func:`freeze`, ``copy.copy`` of a layer is not an independent layer, and ``copy.deepcopy`` is.
 
     Source:
         Schneider et al. 2020 (arXiv:2006.16971), whose a is n / (N + n) for n samples at hand and a weight of N for the
