@@ -12,23 +12,29 @@ if TYPE_CHECKING:
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
     from batchnorm.statistics import (
+        assert_unchanged,
         copy_running_stats,
+        freeze,
         keep_float32,
         load_state_dict,
         merge_running_stats,
+        normalize_by,
         recalibrate,
         reset_running_stats,
         synchronize_running_stats,
+        unfreeze,
     )
     from batchnorm.surgery import convert, revert
 
 __version__ = "0.1.0"
 __all__ = [
+    "assert_unchanged",
     "convert",
     "copy_running_stats",
     "describe_environment",
     "errors",
     "explain",
+    "freeze",
     "functional",
     "insight",
     "keep_float32",
@@ -36,6 +42,7 @@ __all__ = [
     "memory_report",
     "merge_running_stats",
     "nn",
+    "normalize_by",
     "recalibrate",
     "reference",
     "reset_running_stats",
@@ -43,21 +50,26 @@ __all__ = [
     "statistics",
     "surgery",
     "synchronize_running_stats",
+    "unfreeze",
 ]
 
 HOME = {
+    "assert_unchanged": "batchnorm.statistics",
     "convert": "batchnorm.surgery",
     "copy_running_stats": "batchnorm.statistics",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
+    "freeze": "batchnorm.statistics",
     "keep_float32": "batchnorm.statistics",
     "load_state_dict": "batchnorm.statistics",
     "memory_report": "batchnorm.insight",
     "merge_running_stats": "batchnorm.statistics",
+    "normalize_by": "batchnorm.statistics",
     "recalibrate": "batchnorm.statistics",
     "reset_running_stats": "batchnorm.statistics",
     "revert": "batchnorm.surgery",
     "synchronize_running_stats": "batchnorm.statistics",
+    "unfreeze": "batchnorm.statistics",
 }
 
 

@@ -7,6 +7,7 @@ The tree, root first:
     |-- RunError               a run folder cannot be used as asked (also a RuntimeError)
     |-- StatisticsError        a checkpoint has no usable running statistics (also a RuntimeError)
     |-- ImplementationError    the requested implementation cannot serve this call (also a RuntimeError)
+    |-- ChangedError           what was asserted not to change did (also an AssertionError)
     `-- MissingExtraError      an optional dependency is not installed (also an ImportError)
 """
 
@@ -29,6 +30,10 @@ class StatisticsError(BatchNormError, RuntimeError):
 
 class ImplementationError(BatchNormError, RuntimeError):
     """The implementation that was asked for by name cannot serve this call."""
+
+
+class ChangedError(BatchNormError, AssertionError):
+    """Something changed that was asserted to stay as it is; the message names all of it."""
 
 
 class MissingExtraError(BatchNormError, ImportError):

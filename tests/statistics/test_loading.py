@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm.nn
 from batchnorm.errors import BatchNormError, StatisticsError
-from batchnorm.statistics import load_state_dict, recalibrate
+from batchnorm.statistics import freeze, load_state_dict, recalibrate
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -310,3 +310,25 @@ def test_models_of_other_libraries_load_after_a_few_steps(build: Callable[[], nn
     assert_same(other, model.state_dict())
     with pytest.raises(StatisticsError, match="never updated"):
         load_state_dict(other, new)
+
+
+def test_layers_that_were_frozen_are_frozen_again():
+    frozen = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    frozen(torch.randn(8, 3))
+    freeze(frozen)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    load_state_dict(model, frozen.state_dict())
+    assert model.train()[1].frozen_statistics
+    assert not model[1].training
+
+
+def test_a_layer_that_cannot_be_frozen_again_is_refused_and_nothing_is_loaded():
+    frozen = nn.BatchNorm1d(3)
+    frozen(torch.randn(8, 3))
+    freeze(frozen)
+    model = nn.BatchNorm1d(3)
+    model.train = lambda mode=True: model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="layer '' has a train of its own"):
+        load_state_dict(model, frozen.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,5 +1,6 @@
 """Running statistics: how they follow those of the batches."""
 
+import torch
 from torch import Tensor
 
 from batchnorm._ops.checks import check_not_differentiated
@@ -39,3 +40,14 @@ def update_running_statistics(
     else:
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(var, alpha=momentum * bessel)
+
+
+def snapshot(*tensors: Tensor) -> list[Tensor]:
+    """Copies that keep their values for the backward pass while the originals move, under torch.compile too.
+
+    Its partitioner takes a copy or an expression of a buffer for cheap and computes it again in the backward pass, when
+    the buffer has moved: silently wrong gradients (github.com/pytorch/pytorch/pull/197039). It keeps concatenations.
+    """
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

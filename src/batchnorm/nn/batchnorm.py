@@ -10,6 +10,7 @@ from batchnorm._ops.choice import Choice, check_implementation, choose
 from batchnorm._ops.dtypes import statistics_dtype
 from batchnorm.functional import evaluate, train_and_track
 
+MIXED = Choice("reference", "a mix of batch and running statistics is computed by plain operations")
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -260,4 +261,8 @@ def explain(layer: torch.nn.Module, input: Tensor) -> Choice:
         got = f"{type(layer).__module__}.{type(layer).__qualname__}"
         raise TypeError(f"expected a normalizing layer of batchnorm.nn, got {got}")
     layer._check_input_dim(input)
-    return choose(layer.implementation, input, training=layer.normalizes_by_batch)
+    chosen = vars(layer).get("normalizes_by")
+    if isinstance(chosen, float):
+        return MIXED
+    by_batch = layer.normalizes_by_batch if chosen is None else chosen == "batch"
+    return choose(layer.implementation, input, training=by_batch)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from batchnorm import functional
 from batchnorm._ops.choice import Choice, choose
+from batchnorm._ops.running import snapshot
 from batchnorm.nn.batchnorm import FusedBatchNorm
 from batchnorm.reference import widen
 
@@ -84,6 +85,9 @@ class BatchRenorm(FusedBatchNorm):
                 input, weight, bias, residual, running_mean, running_var, momentum, num_batches_tracked, choice
             )
         r, d = self.correction(input, weight, bias, running_mean, running_var)
+        if torch.compiler.is_compiling():
+            # both depend on buffers that move below
+            r, d = snapshot(r, d)
         shift = d if weight is None else weight * d
         bias = shift if bias is None else shift + bias
         weight = r if weight is None else weight * r

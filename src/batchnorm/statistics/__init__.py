@@ -1,21 +1,28 @@
 """Everything that happens to running statistics outside the layers, and whitening of a whole data set."""
 
 from batchnorm.statistics.buffers import copy_running_stats, reset_running_stats
+from batchnorm.statistics.freeze import freeze, unfreeze
 from batchnorm.statistics.loading import load_state_dict
 from batchnorm.statistics.merge import merge_running_stats, synchronize_running_stats
+from batchnorm.statistics.normalize_by import normalize_by
 from batchnorm.statistics.precision import keep_float32
 from batchnorm.statistics.recalibrate import Recalibration, recalibrate
+from batchnorm.statistics.unchanged import assert_unchanged
 from batchnorm.statistics.whitening import DatasetWhitening, whiten_dataset
 
 __all__ = [
     "DatasetWhitening",
     "Recalibration",
+    "assert_unchanged",
     "copy_running_stats",
+    "freeze",
     "keep_float32",
     "load_state_dict",
     "merge_running_stats",
+    "normalize_by",
     "recalibrate",
     "reset_running_stats",
     "synchronize_running_stats",
+    "unfreeze",
     "whiten_dataset",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import StatisticsError
 from batchnorm.statistics.buffers import fresh, statistics_of, variances
+from batchnorm.statistics.freeze import restore_modes
 from batchnorm.statistics.layers import LAYERS, has_running_statistics, spread_of
 from batchnorm.statistics.precision import widen
 
@@ -48,6 +49,9 @@ def load_state_dict(
     with ``momentum=None`` the next batch has the weight 1 / (counter + 1), with any other momentum nothing depends on
     it.
 
+    Layers that were frozen, or told what to normalize by, when the state was made are so again: see
+    :func:`freeze` and :func:`normalize_by`.
+
     Args:
         model: the model to load into; its BN layers are checked, other modules follow ``strict``.
         state: a state dict.
@@ -62,7 +66,7 @@ def load_state_dict(
         StatisticsError: one of the faults, with the names of the layers; or a layer is on the meta device, where
             loading does nothing without ``assign``.
         RuntimeError: as of ``model.load_state_dict``: other keys, other sizes.
-        ValueError: ``allow`` names no fault.
+        ValueError: ``allow`` names no fault; a layer cannot be frozen again.
 
         Then parameters and buffers are as before.
 
@@ -94,6 +98,7 @@ def load_state_dict(
     if strict:
         with put_back(model):
             load(model, state, strict=True, assign=True)
+    restore_modes(model, state)
     result = load(model, state, strict=strict, assign=assign)
     if assign:
         for layer in layers.values():

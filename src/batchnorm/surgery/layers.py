@@ -6,6 +6,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 import batchnorm.nn
 from batchnorm.nn.batchnorm import FusedBatchNorm
+from batchnorm.nn.modes import replaced_method
 
 OURS: dict[type, type] = {
     nn.BatchNorm1d: batchnorm.nn.BatchNorm1d,
@@ -54,9 +55,12 @@ def why_left_alone(layer: nn.Module) -> str:
     taken = [name for name in (*OWN_ATTRIBUTES, "converted_from") if hasattr(layer, name)]
     if taken:
         return f"it has an attribute {taken[0]!r} of its own, which means something else in our layers"
-    replaced = [name for name in vars(layer) if hasattr(nn.BatchNorm2d, name) and callable(getattr(cls, name))]
+    # what freeze and normalize_by put there calls the class, whichever it is
+    replaced = replaced_method(
+        layer, *(n for n in vars(layer) if hasattr(nn.BatchNorm2d, n) and callable(getattr(cls, n)))
+    )
     if replaced:
-        return f"its method {replaced[0]} is replaced on the instance"
+        return f"its method {replaced} is replaced on the instance"
     return ""
 
 
