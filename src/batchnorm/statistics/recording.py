@@ -54,9 +54,8 @@ def train_with_scratch(
     running_mean, running_var = layer.running_mean, layer.running_var
     assert running_mean is not None
     assert running_var is not None
-    # with momentum 1 they receive the batch's. Batch Renorm also reads them
-    fresh = torch.clone if isinstance(layer, BatchRenorm) else torch.zeros_like
-    mean, var = fresh(running_mean), fresh(running_var)
+    # with momentum 1 they receive the batch's; Batch Renorm reads them before
+    mean, var = running_mean.clone(), running_var.clone()
     with schedule_kept(layer):
         output = layer.train_and_track(input, weight, bias, residual, mean, var, 1.0, None, choice)
     return output, mean, var

@@ -214,7 +214,7 @@ class DeferredBuffers:
             return
         buffers = {name: layer._buffers[name] for name in STATISTICS if name in layer._buffers}
         self.own[id(layer)] = buffers, layer.momentum
-        layer._buffers.update({name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()})
+        layer._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
         layer.momentum = 1.0
 
     def after(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -228,9 +228,9 @@ class DeferredBuffers:
             return
         input = args[0] if args else kwargs["input"]
         mean, spread = scratch["running_mean"], spread_in(scratch)
-        if isinstance(layer, Whitening) and input.numel() and not scratch["num_batches_tracked"]:
-            # it refused the batch, which had inf or NaN
-            mean = torch.full_like(mean, float("nan"))
+        if isinstance(layer, Whitening) and input.numel():
+            # a batch with inf or NaN, which it lets no buffer see
+            mean = mean.where(scratch["num_batches_tracked"] > layer.num_batches_tracked, float("nan"))
         self.transaction.record(self.name, layer, input, mean, spread)
 
 
