@@ -131,8 +131,8 @@ def recalibrate(
     remaining, done = dict(chosen), dict[str, Moments]()
     with restored_after_an_error(chosen):
         while remaining:
-            reached, first = measure_once(model, remaining, feed, tolerance, layer_by_layer, process_group)
-            wanted = [first] if layer_by_layer and first is not None else reached
+            reached = measure_once(model, remaining, feed, tolerance, layer_by_layer, process_group)
+            wanted = list(reached)[: 1 if layer_by_layer else None]
             store_all({name: remaining.pop(name) for name in wanted}, reached, ESTIMATORS[estimator])
             done |= {name: reached[name] for name in wanted}
             if not layer_by_layer or not reached:
@@ -220,14 +220,14 @@ def measure_once(
     tolerance: float | None,
     first_only: bool,
     group: dist.ProcessGroup | None,
-) -> tuple[dict[str, Moments], str | None]:
-    """One pass: the moments, of all processes, of the layers that were reached, and which was reached first."""
+) -> dict[str, Moments]:
+    """One pass: the moments, of all processes, of the layers that were reached, in the order of execution."""
 
     def is_enough() -> bool:
-        if tolerance is None or (not first_only and len(moments) < len(layers)):
+        wanted = 1 if first_only else len(layers)
+        if tolerance is None or len(moments) < wanted:
             return False
-        wanted = list(moments.values())[: 1 if first_only else None]
-        return all(measured.standard_error() <= tolerance for measured in wanted)
+        return all(measured.standard_error() <= tolerance for measured in list(moments.values())[:wanted])
 
     # the wrapper's forward talks to other processes, which may have fewer batches
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -244,7 +244,7 @@ def measure_once(
         raise ValueError("the loader yielded nothing, so the running statistics stay as they were")
     feed.all_batches += batches
     feed.all_samples += samples
-    return merged, next(iter(merged), None)
+    return merged
 
 
 def merged_over_processes(
