@@ -13,6 +13,7 @@ from torch.optim.swa_utils import update_bn
 import batchnorm
 import batchnorm.nn as bnn
 from batchnorm import reference
+from batchnorm._ops import kernel
 from batchnorm.statistics import recalibrate
 from batchnorm.statistics.moments import Moments
 from deferring import assert_buffers, buffers
@@ -240,6 +241,16 @@ def test_moments_are_taken_from_the_forward_of_ours_and_of_plain_torch_layers(ho
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Moments, "add", lambda *_: pytest.fail("measured apart"))
         recalibrate(chain(home), batches(2))
+
+
+@homes
+def test_the_first_call_of_a_process_is_measured_as_well_as_any(home: Any):
+    """It is the one that loads the kernels."""
+    layer, data = home.BatchNorm1d(4), [torch.randn(8, 4) + 1e4 + i for i in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel.Kernels, "launch", None)
+        recalibrate(layer, data)
+    torch.testing.assert_close(layer.running_var.double(), torch.cat(data).double().var(0), rtol=1e-6, atol=0)
 
 
 class Own(nn.BatchNorm1d):

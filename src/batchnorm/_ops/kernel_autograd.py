@@ -178,8 +178,13 @@ def measure(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize without a gradient; also the batch's mean, in float64, and biased variance. All tensors are ready."""
+    """Normalize without a gradient; also the batch's mean, in float64, and biased variance.
+
+    The input and the residual have been checked.
+    """
     check_training(input, eps)
+    check_per_channel(input, weight=weight, bias=bias)
+    input, residual, (weight, bias) = made_ready(input, residual, weight, bias)
     input, residual = dense(input, residual)
     var = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
     statistics = Statistics(BATCH, mean=torch.empty_like(var), var=var)

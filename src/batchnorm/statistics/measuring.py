@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import batchnorm.nn
 from batchnorm import functional
 from batchnorm._ops import kernel_autograd
-from batchnorm._ops.choice import READY, Choice
+from batchnorm._ops.choice import Choice
 from batchnorm.errors import ImplementationError
 from batchnorm.nn.batchnorm import FusedBatchNorm
 from batchnorm.nn.renorm import BatchRenorm
@@ -130,7 +130,7 @@ def train_and_measure(
     if not by_whole_batch and not isinstance(layer, (BatchRenorm, nn.SyncBatchNorm)):
         output, mean, var_unbiased = train_with_scratch(layer, input, weight, bias, residual, choice)
         return output, mean, var_unbiased.double() * ((count - 1) / max(count, 1))
-    if choice is READY and not torch.is_grad_enabled():
+    if choice.implementation == "kernel" and input.numel() and not torch.is_grad_enabled():
         try:
             return kernel_autograd.measure(input, weight, bias, residual, layer.eps, layer.activation)
         except ImplementationError:
