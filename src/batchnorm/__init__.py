@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchnorm.statistics import (
         assert_unchanged,
         copy_running_stats,
+        deferred_stats,
         freeze,
         keep_float32,
         load_state_dict,
@@ -31,6 +32,7 @@ __all__ = [
     "assert_unchanged",
     "convert",
     "copy_running_stats",
+    "deferred_stats",
     "describe_environment",
     "errors",
     "explain",
@@ -57,6 +59,7 @@ HOME = {
     "assert_unchanged": "batchnorm.statistics",
     "convert": "batchnorm.surgery",
     "copy_running_stats": "batchnorm.statistics",
+    "deferred_stats": "batchnorm.statistics",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
     "freeze": "batchnorm.statistics",

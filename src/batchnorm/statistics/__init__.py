@@ -7,14 +7,17 @@ from batchnorm.statistics.merge import merge_running_stats, synchronize_running_
 from batchnorm.statistics.normalize_by import normalize_by
 from batchnorm.statistics.precision import keep_float32
 from batchnorm.statistics.recalibrate import Recalibration, recalibrate
+from batchnorm.statistics.transaction import Transaction, deferred_stats
 from batchnorm.statistics.unchanged import assert_unchanged
 from batchnorm.statistics.whitening import DatasetWhitening, whiten_dataset
 
 __all__ = [
     "DatasetWhitening",
     "Recalibration",
+    "Transaction",
     "assert_unchanged",
     "copy_running_stats",
+    "deferred_stats",
     "freeze",
     "keep_float32",
     "load_state_dict",
