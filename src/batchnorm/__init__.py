@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
     from batchnorm.statistics import recalibrate
-    from batchnorm.surgery import convert, revert
+    from batchnorm.surgery import convert, fold, revert
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "describe_environment",
     "errors",
     "explain",
+    "fold",
     "functional",
     "insight",
     "memory_report",
@@ -35,6 +36,7 @@ HOME = {
     "convert": "batchnorm.surgery",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
+    "fold": "batchnorm.surgery",
     "memory_report": "batchnorm.insight",
     "recalibrate": "batchnorm.statistics",
     "revert": "batchnorm.surgery",
