@@ -1,6 +1,7 @@
 """fold: a copy that is the same in evaluation, found by the data flow, with a certificate; the model stays."""
 
 import copy
+import importlib
 import json
 import pickle
 from dataclasses import asdict
@@ -15,10 +16,9 @@ import batchnorm
 import batchnorm.nn
 from batchnorm.errors import FoldError
 from batchnorm.reference import ACTIVATIONS
-from batchnorm.surgery import fold as module_of_fold  # noqa: F401
 from batchnorm.surgery.fused import FusedForward
 
-X = torch.randn(4, 3, 6, 6)
+X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 def small() -> nn.Module:
@@ -28,7 +28,7 @@ def small() -> nn.Module:
 class Block(nn.Module):
     """A residual block, with two convolutions and layers by name."""
 
-    def __init__(self, **norm) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
         self.bn1, self.bn2 = (nn.BatchNorm2d(3) for _ in range(2))
@@ -59,9 +59,7 @@ def test_the_model_is_not_changed_and_shares_nothing_with_the_folded_one():
 
 @pytest.mark.parametrize("step", ["bare_copy", "observe", "errors_on_example", "check_whole", "install", "describe"])
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(step, monkeypatch):
-    import sys
-
-    module = sys.modules["batchnorm.surgery.fold"]
+    module = importlib.import_module("batchnorm.surgery.fold")
 
     def fails(*_, **__):
         raise RuntimeError(f"{step} failed")
@@ -294,6 +292,13 @@ def test_other_use_of_a_weight_that_nobody_saw_is_an_error():
     with pytest.raises(FoldError, match=r"would differ from the model in float64 by .*: its forward uses a layer or a"):
         batchnorm.fold(model, X)
     assert snapshot(model) == before
+
+
+def test_model_without_a_tensor_to_compare_is_an_error():
+    model = net(lambda self, x: self.bn1(self.conv1(x)).argmax(1))
+    with pytest.raises(FoldError, match="no floating point tensor for the example: nothing could be compared"):
+        batchnorm.fold(model, X)
+    assert whats(batchnorm.fold(model)[1])["bn1"] == "folded into conv1"
 
 
 def test_block_that_the_example_does_not_reach_is_left_alone():

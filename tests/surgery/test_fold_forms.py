@@ -100,6 +100,21 @@ def test_padding_with_values_of_the_channel_commutes_with_a_shift(conv, mode):
     assert whats(changes) == {"0": "folded into 1"}
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 6, 3, padding=9, padding_mode="reflect"),
+        nn.Conv2d(4, 6, 3, padding=(9, 0), padding_mode="circular", stride=4),
+        nn.ConvTranspose2d(4, 6, 3, padding=5),
+    ],
+)
+def test_padding_larger_than_the_kernel_is_measured_without_an_example(conv):
+    norms = [nn.BatchNorm2d(4)] if isinstance(conv, nn.Conv2d) else []
+    model = with_statistics(nn.Sequential(*norms, conv, nn.BatchNorm2d(6)))
+    _, changes = fold_and_compare(model, torch.randn(2, 4, 16, 16), example=False)
+    assert all(change.error < 1e-5 for change in changes)
+
+
 @pytest.mark.parametrize("padding", [1, (0, 1), "same"])
 def test_padding_with_zeros_keeps_a_shift_out(padding):
     model = with_statistics(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=padding)))

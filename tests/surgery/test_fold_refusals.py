@@ -4,13 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folded import fold_and_compare, reason, with_statistics
-from test_fold import Block, OwnForward, net
+from test_fold import Block, OwnForward, X, net
 from torch import Tensor, nn
 
 import batchnorm
 import batchnorm.nn
-
-X = torch.randn(4, 3, 6, 6)
 
 
 def pair(norm: nn.Module | None = None, conv: nn.Module | None = None) -> nn.Module:
@@ -47,7 +45,7 @@ def test_statistics_and_parameters_that_are_not_sound_are_refused(tensor, value,
 def test_variance_of_zero_without_eps_is_refused():
     model = changed("running_var", 0.0)
     model[1].eps = 0.0
-    assert why(model) == "variance + eps is 0 in 1 of 4 channels"
+    assert why(model) == "variance + eps is not positive in 1 of 4 channels"
 
 
 def test_statistics_that_were_never_updated_are_refused():
@@ -260,8 +258,16 @@ def test_data_flow_that_is_not_one_to_one_is_refused(forward, expected):
     assert expected in reason(net(forward), X, name="bn1")
 
 
+@pytest.mark.parametrize("called", ["one", "both"])
+def test_weight_of_two_modules_is_refused(called):
+    both = called == "both"
+    model = net(lambda self, x: self.bn1(self.conv2(x)) + (self.conv1(x) if both else 0))
+    model.conv2.weight = model.conv1.weight
+    expected = "is used without this layer, too" if both else "weight or bias of 'conv1' are those of another module"
+    assert expected in reason(model, X, name="bn1")
+
+
 def test_reading_the_dtype_of_a_weight_is_no_use_of_it():
-    model = net(lambda self, x: self.bn1(self.conv1(x * torch.ones((), dtype=x.dtype).to(self.conv1.weight.dtype))))
     model = net(lambda self, x: self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
     _, changes = fold_and_compare(model, X)
     assert changes[0].what == "folded into conv1"

@@ -51,8 +51,10 @@ def fold(model: nn.Module, example: Any = None) -> tuple[nn.Module, Folds]:
             example.
 
     Limits: what is proved, is proved for calls like the example's, or for calls with tensors for the arguments without
-    a default. Code that reaches layers without being the forward of a module is not seen. The folded model cannot be
-    trained as the model could: no layer normalizes by its batch any more.
+    a default, and for batches, as all layers expect them. Code that reaches layers without being the forward of a
+    module is not seen. A fused forward of :func:`convert` gives way where one of its layers is folded. The folded model
+    cannot be trained as the model could: no layer normalizes by its batch any more. With an example there are up to
+    three copies of the model at a time, one of them in float64.
 
     Source:
         Ioffe & Szegedy 2015, Algorithm 2 line 11: inference is an affine map, which the weights before it take up.
@@ -79,13 +81,21 @@ def fold(model: nn.Module, example: Any = None) -> tuple[nn.Module, Folds]:
         why = why_not_foldable(model, layers)
         plan = Plan({name: layer for name, layer in layers.items() if name not in why}, Search(model, layers, seen))
         plan.make()
-        errors = errors_on_random_input(plan) if bare is None else errors_on_example(plan, bare, example)
-        if bare is not None and plan.groups:
-            check_whole(model, bare, lambda copy: install(copy, plan), example)
+        errors = certify(plan, model, bare, example)
+        # before there is one more copy
         del bare
         folded = copied(model)
         install(folded, plan)
     return folded, Folds(describe(name, plan, why, errors) for name in layers)
+
+
+def certify(plan: Plan, model: nn.Module, bare: nn.Module | None, example: Any) -> dict[int, float]:
+    """The error of each group, by its id; with an example, the whole model is compared as well."""
+    if bare is None or not plan.groups:
+        return errors_on_random_input(plan)
+    errors = errors_on_example(plan, bare, example)
+    check_whole(model, bare, lambda copy: install(copy, plan), example)
+    return errors
 
 
 def install(model: nn.Module, plan: Plan) -> None:

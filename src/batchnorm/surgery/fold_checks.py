@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import FoldError
 from batchnorm.reference import batch_norm_inference
@@ -25,19 +26,19 @@ def errors_on_random_input(plan: Plan) -> dict[int, float]:
 
 
 def random_input(group: Group) -> Tensor:
-    linear, weight = group.linears[0], group.weight
-    channels = weight.shape[0] if linear.transposed else weight.shape[1] * linear.groups
+    linear, kernel = group.linears[0], group.weight.shape[2:]
     dilation = linear.options.get("dilation", 1)
     dilations = [dilation] * linear.spatial if isinstance(dilation, int) else dilation
-    kernel = weight.shape[2:]
-    sizes = [POSITIONS + d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    # padding of any kind must not be larger than what it pads, or cuts off
+    padding = [linear.options.get("padding", 0), *(pad["pad"] for pad in linear.pads)]
+    more = POSITIONS + sum(abs(size) for size in tree_leaves(padding) if isinstance(size, int))
+    sizes = [more + d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, channels, *sizes, generator=generator, dtype=torch.float64).to(weight.device)
+    shape = (2, group.inputs, *sizes)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(group.weight.device)
     if group.before:
-        mean, var = (
-            t.double().view(-1, *[1] * len(sizes)) for t in (group.before.running_mean, group.before.running_var)
-        )
-        x = x * var.sqrt() + mean
+        x = x * group.before.running_var.double().sqrt().view(-1, *[1] * len(sizes))
+        x = x + group.before.running_mean.double().view(-1, *[1] * len(sizes))
     return x.to(group.dtype)
 
 
@@ -133,8 +134,8 @@ def check_whole(model: nn.Module, bare: nn.Module, install: Callable[[nn.Module]
         exact = run(wide, in_double(example))
     except Exception:
         # it names a dtype, or has tensors that cannot be float64
-        wide = None
-    if wide is not None:
+        pass
+    else:
         install(wide)
         compare(run(wide, in_double(example)), exact, exact, "in float64")
     install(bare)

@@ -178,9 +178,7 @@ def check_dimensions(layer: nn.Module, linear: LinearCall, seen: set[int] | None
 
 
 def check_channels(layer: Any, owner: nn.Module, linear: LinearCall, *, follows: bool) -> None:
-    weight, _ = linear.parameters(owner)
-    first, second = weight.shape[0], weight.shape[1] * linear.groups
-    channels = first if follows != linear.transposed else second
+    channels = linear.channels(owner)[follows]
     if channels != layer.num_features:
         raise NoMatchError(f"it has {layer.num_features} channels, {linear.owner!r} has {channels}")
 

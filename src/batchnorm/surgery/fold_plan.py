@@ -34,6 +34,7 @@ class Group:
     root: Root
     owner: str
     linears: list[LinearCall]
+    inputs: int
     weight: Tensor
     bias: Tensor | None
     folded_weight: Tensor
@@ -146,5 +147,5 @@ class Plan:
                 return group
         weight, bias = linear.parameters(owner)
         wide, wide_bias = weight.detach().double(), None if bias is None else bias.detach().double()
-        name = self.search.names[id(owner)]
-        return Group(root, name, match.linears, wide, wide_bias, wide, wide_bias, weight.dtype)
+        name, (inputs, _) = self.search.names[id(owner)], linear.channels(owner)
+        return Group(root, name, match.linears, inputs, wide, wide_bias, wide, wide_bias, weight.dtype)

@@ -12,6 +12,7 @@ from batchnorm.surgery.fold_matches import Match, has_residual
 from batchnorm.surgery.fold_search import Root
 from batchnorm.surgery.foldable import become, remainder
 from batchnorm.surgery.folding import scale_and_shift
+from batchnorm.surgery.linear_calls import LinearCall
 from batchnorm.surgery.tracing import CannotTraceError, trace
 
 
@@ -41,26 +42,39 @@ def why_not_together(root: Root, matches: dict[str, Match], layers: dict[str, An
         for linear in match.linears:
             expected[linear.node] |= {bias_of(match)} if needs_bias(layers[name], match) else set()
     wrong = {
-        old
+        old: new
         for old, new in zip(steps(root.trace.graph), steps(graph), strict=True)
-        if parameters(new) - parameters(old) != expected.get(old, set())
+        if parameters(new) != parameters(old) | expected.get(old, set())
     }
-    if wrong - expected.keys():
+    if wrong.keys() - expected.keys():
         return dict.fromkeys(matches, different)
     return {
-        name: f"its shift needs a bias, which {match.linears[0].owner!r} does not use"
+        name: why_other_parameters(linear, wrong[linear.node])
         for name, match in matches.items()
-        if any(linear.node in wrong for linear in match.linears)
+        for linear in match.linears
+        if linear.node in wrong
     }
+
+
+def why_other_parameters(linear: LinearCall, node: Node) -> str:
+    if {linear.weight, linear.bias or linear.weight} <= parameters(node):
+        return f"its shift needs a bias, which {linear.owner!r} does not use"
+    return f"weight or bias of {linear.owner!r} are those of another module, too"
 
 
 def folded_structure(root: Root, matches: dict[str, Match], layers: dict[str, Any]) -> nn.Module:
+    """A copy with parameters of its own for what is folded, also where another module shares them."""
     again = copy_structure(root.block)
     for name, match in matches.items():
         become(again.get_submodule(match.layer), remainder_of(layers[name], match))
-        owner = again.get_submodule(match.linears[0].owner)
+        linear = match.linears[0]
+        owner = again.get_submodule(linear.owner)
+        for key in filter(None, (linear.weight, linear.bias)):
+            own = owner.get_parameter(key.rpartition(".")[2])
+            owner.register_parameter(key.rpartition(".")[2], nn.Parameter(own.clone(), own.requires_grad))
         if needs_bias(layers[name], match) and owner._parameters.get("bias", ...) is None:
-            owner.bias = nn.Parameter(torch.empty(0, device="meta"))
+            _, outputs = linear.channels(owner)
+            owner.bias = nn.Parameter(torch.empty(outputs, device="meta"))
     return again
 
 

@@ -104,7 +104,7 @@ def by_state(layer: Any) -> str:
     if not (isinstance(steps, Tensor) and steps) and not mean.any() and (var == 1).all():
         return "its statistics were never updated: mean 0 and variance 1 are the initial ones"
     if not all(tensor.isfinite().all() for tensor in scale_and_shift(layer)):
-        return f"variance + eps is 0 in {count_of(var + layer.eps <= 0)}"
+        return f"variance + eps is not positive in {count_of(var + layer.eps <= 0)}"
     return ""
 
 

@@ -59,6 +59,12 @@ class LinearCall:
         weight, bias = (owner._parameters.get(name) for name in names)
         return weight, bias
 
+    def channels(self, owner: nn.Module) -> tuple[int, int]:
+        """Of the input and of the output."""
+        weight, _ = self.parameters(owner)
+        first, second = weight.shape[0], weight.shape[1] * self.groups
+        return (first, second) if self.transposed else (second, first)
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         for pad in self.pads:
             x = F.pad(x, **pad)
