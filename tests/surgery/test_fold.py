@@ -253,59 +253,11 @@ def test_hooks_of_other_modules_stay():
     assert seen == ["model"]
 
 
-class Opaque(nn.Module):
-    """torch.fx cannot follow it: it branches on a value."""
-
-    def __init__(self, block: nn.Module, call=None) -> None:
-        super().__init__()
-        self.block = block
-        self.call = call or (lambda block, x: block(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self.block, x) if x.sum() < torch.inf else x
-
-
-def test_block_in_what_cannot_be_followed_is_folded_with_an_example():
-    model = with_statistics(nn.Sequential(Opaque(Block()), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)))
-    _, changes = fold_and_compare(model, X, example=False)
-    assert [change.what for change in changes] == ["left alone", "left alone", "folded into 1"]
-    assert changes[0].reason.startswith("an example is needed, since torch.fx cannot follow 0 (Opaque): its forward")
-    _, changes = fold_and_compare(model, X)
-    assert [change.what for change in changes] == [
-        "folded into 0.block.conv1",
-        "folded into 0.block.conv2",
-        "folded into 1",
-    ]
-
-
-def test_other_calls_by_what_cannot_be_followed_are_counted():
-    model = with_statistics(Opaque(Block(), lambda block, x: block(x) + block.conv1(x)))
-    folded, changes = batchnorm.fold(model, X)
-    assert changes[0].reason.startswith("it has other calls than those in block, and torch.fx cannot follow the model")
-    assert changes[1].what == "folded into block.conv2"
-    assert_same_evaluation(model, folded, X)
-
-
-def test_other_use_of_a_weight_that_nobody_saw_is_an_error():
-    model = with_statistics(Opaque(Block(), lambda block, x: block(x) * block.conv1.weight.sum()))
-    before = snapshot(model)
-    with pytest.raises(FoldError, match=r"would differ from the model in float64 by .*: its forward uses a layer or a"):
-        batchnorm.fold(model, X)
-    assert snapshot(model) == before
-
-
 def test_model_without_a_tensor_to_compare_is_an_error():
     model = net(lambda self, x: self.bn1(self.conv1(x)).argmax(1))
     with pytest.raises(FoldError, match="no floating point tensor for the example: nothing could be compared"):
         batchnorm.fold(model, X)
     assert whats(batchnorm.fold(model)[1])["bn1"] == "folded into conv1"
-
-
-def test_block_that_the_example_does_not_reach_is_left_alone():
-    model = with_statistics(Opaque(Block(), lambda block, x: x))
-    _, changes = batchnorm.fold(model, X)
-    assert {change.what for change in changes} == {"left alone"}
-    assert "the example does not call it" in changes[0].reason
 
 
 def test_certificate_names_the_arguments_and_branches_that_it_holds_for():

@@ -19,7 +19,10 @@ def without_digits(text: str) -> list[str]:
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_blocks_of_the_page_print_what_it_shows():
     scope: dict[str, Any] = {}
-    for block, shown in re.findall(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)*)", PAGE.read_text(), flags=re.DOTALL):
+    text = PAGE.read_text()
+    blocks = re.findall(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)*)", text, flags=re.DOTALL)
+    assert len(blocks) == text.count("```python")
+    for block, shown in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(block, scope)
