@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         synchronize_running_stats,
         unfreeze,
     )
-    from batchnorm.surgery import convert, revert
+    from batchnorm.surgery import convert, fold, revert
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "describe_environment",
     "errors",
     "explain",
+    "fold",
     "freeze",
     "functional",
     "insight",
@@ -62,6 +63,7 @@ HOME = {
     "deferred_stats": "batchnorm.statistics",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
+    "fold": "batchnorm.surgery",
     "freeze": "batchnorm.statistics",
     "keep_float32": "batchnorm.statistics",
     "load_state_dict": "batchnorm.statistics",
