@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from batchnorm.environment import describe_environment
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
-    from batchnorm.statistics import recalibrate
+    from batchnorm.statistics import deferred_stats, recalibrate
     from batchnorm.surgery import convert, revert
 
 __version__ = "0.1.0"
 __all__ = [
     "convert",
+    "deferred_stats",
     "describe_environment",
     "errors",
     "explain",
@@ -33,6 +34,7 @@ __all__ = [
 
 HOME = {
     "convert": "batchnorm.surgery",
+    "deferred_stats": "batchnorm.statistics",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
     "memory_report": "batchnorm.insight",

@@ -150,10 +150,7 @@ def batch_norm(
     statistics: Statistics,
 ) -> Tensor:
     """Normalize, by the batch or by the running statistics, through the kernels. All tensors are ready."""
-    if not input.is_contiguous():
-        input = input.contiguous(memory_format=dense_format(input) or torch.contiguous_format)
-    if residual is not None and residual.stride() != input.stride():
-        residual = torch.empty_like(input).copy_(residual)
+    input, residual = dense(input, residual)
     if torch.is_grad_enabled() and (
         input.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -162,6 +159,32 @@ def batch_norm(
     ):
         return apply(input, weight, bias, residual, eps, activation, statistics)
     return forward(input, weight, bias, residual, eps, activation, statistics, False)[0]
+
+
+def dense(input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Without gaps, and of the same strides."""
+    if not input.is_contiguous():
+        input = input.contiguous(memory_format=dense_format(input) or torch.contiguous_format)
+    if residual is not None and residual.stride() != input.stride():
+        residual = torch.empty_like(input).copy_(residual)
+    return input, residual
+
+
+def measure(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize without a gradient; also the batch's mean, in float64, and biased variance. All tensors are ready."""
+    check_training(input, eps)
+    input, residual = dense(input, residual)
+    var = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
+    statistics = Statistics(BATCH, mean=torch.empty_like(var), var=var)
+    output, saved, _ = forward(input, weight, bias, residual, eps, activation, statistics, False)
+    return output, saved[: len(var)], var
 
 
 def train(

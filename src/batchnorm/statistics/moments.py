@@ -19,6 +19,8 @@ class Moments:
         self.batches = 0
         self.count = 0
         self.mean = self.squares = self.sum_of_means = self.sum_of_vars = torch.zeros((), dtype=torch.float64)
+        # of the squares (C,), those of the differences between the batches' means
+        self.between = self.mean
 
     def add(self, input: Tensor) -> None:
         """Count the values of a batch (N, C, *)."""
@@ -31,15 +33,31 @@ class Moments:
         """Count the values of a batch whose mean and spread, divided by ``count``, are known."""
         if count == 0:
             return
-        mean, var = mean.detach().double(), var.detach().double()
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + var * count + self.product(delta) * (self.count * count / total)
-        self.sum_of_means = self.sum_of_means + mean
-        self.sum_of_vars = self.sum_of_vars + (var_unbiased(var, count) if count > 1 else var)
+        batch = Moments(self.group_size)
+        batch.batches, batch.count = 1, count
+        batch.mean = batch.sum_of_means = mean.detach().double()
+        var = var.detach().double()
+        batch.squares, batch.sum_of_vars = var * count, var_unbiased(var, count) if count > 1 else var
+        batch.between = torch.zeros_like(batch.mean)
+        self.join(batch)
+
+    def join(self, other: "Moments") -> None:
+        """Count the batches of other moments, which are as good as lost then."""
+        if other.count == 0:
+            return
+        if self.count == 0:
+            vars(self).update(vars(other))
+            return
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        weight = self.count * other.count / total
+        self.mean = self.mean + delta * (other.count / total)
+        self.squares = self.squares + other.squares + self.product(delta) * weight
+        self.between = self.between + other.between + delta.square() * weight
+        self.sum_of_means = self.sum_of_means + other.sum_of_means
+        self.sum_of_vars = self.sum_of_vars + other.sum_of_vars
         self.count = total
-        self.batches += 1
+        self.batches += other.batches
 
     def spread(self, wide: Tensor, mean: Tensor) -> Tensor:
         """Variances, or covariances of the groups, of one batch."""
@@ -61,3 +79,38 @@ class Moments:
     def averaged(self) -> tuple[Tensor, Tensor]:
         """Algorithm 2: the averages over the batches of their means and unbiased spreads."""
         return self.sum_of_means / self.batches, self.sum_of_vars / self.batches
+
+    def standard_error(self) -> float:
+        r"""The largest of the channels' standard errors of the mean, in standard deviations; NaN of one batch.
+
+        .. math:: \sqrt{\frac{1}{N} \cdot \frac{\sum_b n_b (\mu_b - \mu)^2}{B - 1}} \Big/ \sigma
+
+        What was drawn are B batches, not N values: those of one image resemble each other.
+        """
+        if self.batches < 2 or self.mean.numel() == 0:
+            return float("nan")
+        squares = self.squares if self.group_size is None else self.squares.diagonal(dim1=-2, dim2=-1).flatten()
+        # a channel without variance has a mean without error
+        shares = torch.where(squares > 0, self.between / squares, squares * 0)
+        return (shares.max() * (self.count - 1) / self.count / (self.batches - 1)).sqrt().item()
+
+    def packed(self, num_features: int) -> Tensor:
+        """Everything in one vector, for another process; of the same length with and without batches."""
+        d = self.group_size or 1
+        fields = [self.mean, self.between, self.sum_of_means, self.squares, self.sum_of_vars]
+        sizes = [num_features] * 3 + [num_features * d] * 2
+        counts = self.mean.new_tensor([self.count, self.batches])
+        return torch.cat([counts, *(field.expand(size) if field.dim() == 0 else field.flatten()
+                                    for field, size in zip(fields, sizes, strict=True))])  # fmt: skip
+
+    @staticmethod
+    def unpacked(vector: Tensor, num_features: int, group_size: int | None) -> "Moments":
+        """What :meth:`packed` packed."""
+        d = group_size or 1
+        counts, *fields = vector.split([2] + [num_features] * 3 + [num_features * d] * 2)
+        moments = Moments(group_size)
+        moments.count, moments.batches = (int(number) for number in counts.tolist())
+        shape = (num_features,) if group_size is None else (num_features // d, d, d)
+        moments.mean, moments.between, moments.sum_of_means = fields[:3]
+        moments.squares, moments.sum_of_vars = (field.view(shape) for field in fields[3:])
+        return moments

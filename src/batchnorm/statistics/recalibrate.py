@@ -1,16 +1,18 @@
 """Algorithm 2: replace running averages by population statistics, measured with frozen weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchnorm.nn import MaskedBatchNorm1d
-from batchnorm.nn.whitening import Whitening
 from batchnorm.statistics.layers import has_running_statistics, normalizing_layers, spread_of
+from batchnorm.statistics.measuring import group_size_of, measuring
 from batchnorm.statistics.moments import Moments
+from batchnorm.statistics.ranks import agree, gather, is_distributed
+from batchnorm.statistics.recording import first_not_finite, is_frozen
 
 ESTIMATORS: dict[str, Callable[[Moments], tuple[Tensor, Tensor]]] = {
     "pooled": Moments.pooled,
@@ -19,10 +21,35 @@ ESTIMATORS: dict[str, Callable[[Moments], tuple[Tensor, Tensor]]] = {
 
 
 class Recalibration(NamedTuple):
-    """What :func:`recalibrate` did: values per channel by layer name, and the layers that no batch reached."""
+    """What :func:`recalibrate` did; ``str`` makes a table of it.
+
+    Attributes:
+        counts: values per channel by layer name, in the order in which the layers were reached.
+        standard_errors: of the same layers the largest of the channels' standard errors of the mean, in standard
+            deviations of the channel; NaN after one batch.
+        not_reached: layers that no batch reached, left as they were.
+        frozen: layers whose statistics are frozen, left as they were.
+        batches: items of the loader, and
+        samples: their samples, of all processes; with ``layer_by_layer`` of all passes.
+    """
 
     counts: dict[str, int]
+    standard_errors: dict[str, float]
     not_reached: list[str]
+    frozen: list[str]
+    batches: int
+    samples: int
+
+    def __str__(self) -> str:
+        width = max(map(len, ("layer", *self.counts)))
+        lines = [f"{'layer':<{width}}  {'values':>12}  standard error"]
+        for name, count in self.counts.items():
+            lines.append(f"{name:<{width}}  {count:>12,}  {self.standard_errors[name]:>14.2g}")
+        lines.append(f"{self.samples:,} samples in {self.batches:,} batches")
+        for what, names in (("not reached", self.not_reached), ("frozen", self.frozen)):
+            if names:
+                lines.append(f"left alone, {what}: {', '.join(names)}")
+        return "\n".join(lines)
 
 
 def call_with_input(model: nn.Module, item: Any) -> Any:
@@ -36,12 +63,19 @@ def recalibrate(
     loader: Iterable[Any],
     *,
     estimator: str = "pooled",
+    layers: str | Iterable[str] = "*",
     call: Callable[[nn.Module, Any], Any] = call_with_input,
+    layer_by_layer: bool = False,
+    tolerance: float | None = None,
+    max_samples: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Recalibration:
-    r"""Measure population statistics on data and store them as the running statistics of every BN layer.
+    r"""Measure population statistics on data and store them as the running statistics of BN layers.
 
-    The weights stay as they are. While measuring, BN layers normalize by their batches (as in training) and every
-    other layer evaluates, so dropout is off. Buffers are written at the end, all together, in place.
+    The weights stay as they are. While measuring, the chosen layers normalize by their batches (as in training) and
+    everything else evaluates: other BN layers by their running statistics, and dropout is off. Buffers are written in
+    place, all together, at the end.
 
     Args:
         model: holds BN layers of ``torch.nn`` or ``batchnorm.nn``, or whitening layers, that track running statistics.
@@ -50,17 +84,35 @@ def recalibrate(
             their size). "paper" is Algorithm 2's: :math:`E[x] = E_B[\mu_B]`,
             :math:`Var[x] = \frac{m}{m-1} E_B[\sigma_B^2]`, every batch counting alike. Covariances of whitening
             layers are estimated likewise.
+        layers: patterns of names, as those of a shell. Layers with ``frozen_statistics`` are left alone in any case.
         call: runs the model on an item, where it takes more than an input, such as a mask, labels or a domain:
             ``lambda model, item: model(item[0], mask=item[1])``.
+        layer_by_layer: measure each layer with those before it evaluating by their new statistics, in the order of
+            execution. That is what evaluation will do, and matters where weights changed much (pruned, quantized,
+            averaged) or batches are small. It costs one pass over the loader per layer.
+        tolerance: stop when every chosen layer has been reached and the mean of each of its channels has a standard
+            error of at most so many standard deviations of the channel, such as 0.01. Batches are what is drawn, so
+            the error comes from how much their means differ, and needs two of them, shuffled. Each process stops by
+            its own data.
+        max_samples: stop after the batch with which a process has seen so many samples; per pass.
+        process_group: under ``torch.distributed``, whose statistics are merged; None for all processes. All of them
+            must call, with as many batches as each has, if any.
+        on_progress: called after each batch with the numbers of batches and of samples so far, of this process.
 
     Returns:
         :class:`Recalibration`.
 
     Raises:
-        ValueError: an unknown estimator, no BN layer with running statistics, an empty loader, or inf or NaN in the
-            input of a layer.
+        ValueError: an option out of its range, no BN layer with running statistics or none that is not frozen, a
+            pattern that matches nothing, an empty loader, a loader that can be iterated only once with
+            ``layer_by_layer``, or inf or NaN in the input of a layer.
+        RuntimeError: the model is inside ``deferred_stats`` or another recalibration; another process failed.
 
-        Whatever is raised, by the loader or the model too, statistics, modes and hooks are as before.
+        Whatever is raised, by the loader or the model too, statistics, modes and hooks are as before, on all
+        processes.
+
+    A model that is wrapped in DistributedDataParallel or compiled runs without its wrapper. A SyncBatchNorm
+    normalizes by the batch of its own process.
 
     Source:
         Ioffe & Szegedy 2015, Algorithm 2 lines 8 to 10; Wu & Johnson 2021 (arXiv:2105.07576) for the pooled form.
@@ -72,65 +124,181 @@ def recalibrate(
         >>> layer.running_mean, layer.running_var
         (tensor([6.]), tensor([34.6667]))
     """
+    check_options(loader, estimator, layer_by_layer, tolerance, max_samples)
+    chosen, frozen = layers_to_measure(model, layers)
+    feed = Feed(loader, call, max_samples, on_progress)
+    remaining, done = dict(chosen), dict[str, Moments]()
+    with restored_after_an_error(chosen):
+        while remaining:
+            reached, first = measure_once(model, remaining, feed, tolerance, layer_by_layer, process_group)
+            wanted = [first] if layer_by_layer and first is not None else reached
+            store_all({name: remaining.pop(name) for name in wanted}, reached, ESTIMATORS[estimator])
+            done |= {name: reached[name] for name in wanted}
+            if not layer_by_layer or not reached:
+                break
+    return Recalibration(
+        {name: measured.count for name, measured in done.items()},
+        {name: measured.standard_error() for name, measured in done.items()},
+        list(remaining), frozen, feed.all_batches, feed.all_samples,
+    )  # fmt: skip
+
+
+def check_options(
+    loader: Iterable[Any], estimator: str, layer_by_layer: bool, tolerance: float | None, max_samples: int | None
+) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
-    layers = {name: layer for name, layer in normalizing_layers(model).items() if has_running_statistics(layer)}
-    if not layers:
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance should be above 0 standard deviations, got {tolerance}: 0.01 is a usual one")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples should be at least 1, got {max_samples}")
+    if layer_by_layer and isinstance(loader, Iterator):
+        raise ValueError(
+            f"layer_by_layer iterates the loader once per layer, which a {type(loader).__name__} cannot do twice: "
+            "give a list or a DataLoader"
+        )
+
+
+def layers_to_measure(model: nn.Module, patterns: str | Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """The chosen layers with running statistics, and the names of those among them that are frozen."""
+    found = normalizing_layers(model, patterns)
+    tracking = {name: layer for name, layer in found.items() if has_running_statistics(layer)}
+    if not tracking:
         raise ValueError("the model has no batch normalization layer with running statistics")
-    with measuring(model, layers) as moments:
-        batches = 0
-        for item in loader:
-            call(model, item)
-            batches += 1
+    chosen = {name: layer for name, layer in tracking.items() if not is_frozen(layer)}
+    if not chosen:
+        raise ValueError(f"all {len(tracking)} batch normalization layers are frozen: unfreeze those to recalibrate")
+    return chosen, [name for name in tracking if name not in chosen]
+
+
+class Feed:
+    """What the loader yields goes through the model, until it ends or is enough."""
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        call: Callable[[nn.Module, Any], Any],
+        max_samples: int | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.loader, self.call, self.max_samples, self.on_progress = loader, call, max_samples, on_progress
+        # of this process, and of all
+        self.batches = self.samples = self.all_batches = self.all_samples = 0
+
+    def run(self, model: nn.Module, is_enough: Callable[[], bool]) -> tuple[int, int]:
+        """Batches and samples of one pass."""
+        batches = samples = 0
+        for item in self.loader:
+            self.call(model, item)
+            batches, samples = batches + 1, samples + samples_of(item)
+            if self.on_progress is not None:
+                self.on_progress(self.batches + batches, self.samples + samples)
+            if (self.max_samples is not None and samples >= self.max_samples) or is_enough():
+                break
+        self.batches += batches
+        self.samples += samples
+        return batches, samples
+
+
+def samples_of(item: Any) -> int:
+    """The length of the first tensor, or list, of an item; 1 where there is none."""
+    first = item
+    if isinstance(item, Mapping):
+        first = next(iter(item.values()), None)
+    elif isinstance(item, (tuple, list)):
+        first = item[0] if item else None
+    if isinstance(first, Tensor):
+        return len(first) if first.dim() else 1
+    return len(first) if isinstance(first, (tuple, list)) else 1
+
+
+def measure_once(
+    model: nn.Module,
+    layers: dict[str, Any],
+    feed: Feed,
+    tolerance: float | None,
+    first_only: bool,
+    group: dist.ProcessGroup | None,
+) -> tuple[dict[str, Moments], str | None]:
+    """One pass: the moments, of all processes, of the layers that were reached, and which was reached first."""
+
+    def is_enough() -> bool:
+        if tolerance is None or (not first_only and len(moments) < len(layers)):
+            return False
+        wanted = list(moments.values())[: 1 if first_only else None]
+        return all(measured.standard_error() <= tolerance for measured in wanted)
+
+    # the wrapper's forward talks to other processes, which may have fewer batches
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    error, passed = None, (0, 0)
+    with measuring(inner, layers) as moments:
+        try:
+            passed = feed.run(inner, is_enough)
+        except Exception as caught:
+            error = caught
+    device = next(iter(layers.values())).running_mean.device
+    agree(error, device, group)
+    batches, samples, merged = merged_over_processes(passed, moments, layers, device, group)
     if batches == 0:
         raise ValueError("the loader yielded nothing, so the running statistics stay as they were")
-    estimates = {name: ESTIMATORS[estimator](measured) for name, measured in moments.items() if measured.count}
-    for name, (mean, var) in estimates.items():
-        if not (mean.isfinite().all() and var.isfinite().all()):
-            raise ValueError(f"layer {name!r} received inf or NaN, so the running statistics stay as they were")
-    for name, (mean, var) in estimates.items():
-        store(layers[name], mean, var, moments[name].batches)
-    counts = {name: measured.count for name, measured in moments.items() if measured.count}
-    return Recalibration(counts, [name for name in layers if name not in counts])
+    feed.all_batches += batches
+    feed.all_samples += samples
+    return merged, next(iter(merged), None)
+
+
+def merged_over_processes(
+    passed: tuple[int, int],
+    moments: dict[str, Moments],
+    layers: dict[str, Any],
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> tuple[int, int, dict[str, Moments]]:
+    """Batches, samples and moments of all processes, by one message; in the order of the first that reached any."""
+    if not is_distributed():
+        return *passed, {name: measured for name, measured in moments.items() if measured.count}
+    # (batches, samples), the place of each layer in the order of execution, and its moments
+    order = [list(moments).index(name) if name in moments else len(layers) for name in layers]
+    message = [torch.tensor([*passed, *order], dtype=torch.float64)]
+    fields = [(layer.num_features, group_size_of(layer)) for layer in layers.values()]
+    for name, (num_features, group_size) in zip(layers, fields, strict=True):
+        message.append(moments.get(name, Moments(group_size)).packed(num_features))
+    rows = gather(torch.cat([part.to(device) for part in message]), group)
+    sizes = [len(part) for part in message]
+    merged: dict[str, Moments] = {}
+    for row in rows:
+        head, *vectors = row.split(sizes)
+        received = {
+            name: Moments.unpacked(vector, *field) for name, vector, field in zip(layers, vectors, fields, strict=True)
+        }
+        for _, name in sorted(zip(head[2:].tolist(), layers, strict=True)):
+            if received[name].count:
+                merged.setdefault(name, Moments(received[name].group_size)).join(received[name])
+    batches, samples = (int(number) for number in rows[:, :2].sum(0).tolist())
+    return batches, samples, merged
 
 
 @contextmanager
-def measuring(model: nn.Module, layers: dict[str, Any]) -> Iterator[dict[str, Moments]]:
-    """Evaluation mode, but with BN layers that normalize by their batches and whose inputs are measured."""
-    modes = [(module, module.training) for module in model.modules()]
-    tracks = [(layer, layer.track_running_stats) for layer in layers.values()]
-    moments = {name: moments_of(layer) for name, layer in layers.items()}
-    hooks = []
+def restored_after_an_error(layers: dict[str, Any]) -> Iterator[None]:
+    """What was stored for some layers is taken back if another fails."""
+    kept = [(buffer, buffer.clone()) for layer in layers.values() for buffer in layer.buffers(recurse=False)]
     try:
-        model.eval()
-        for name, layer in layers.items():
-            layer.train()
-            layer.track_running_stats = False
-            hooks.append(layer.register_forward_pre_hook(measure(moments[name]), with_kwargs=True))
-        yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, track in tracks:
-            layer.track_running_stats = track
-        for module, training in modes:
-            module.training = training
+        yield
+    except BaseException:
+        for buffer, before in kept:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+        raise
 
 
-def moments_of(layer: nn.Module) -> Moments:
-    return Moments((layer.group_size or layer.num_features) if isinstance(layer, Whitening) else None)
-
-
-def measure(moments: Moments) -> Callable[..., None]:
-    """A hook that adds the input of a layer, given by position or by name; of a masked layer, what is valid."""
-
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if isinstance(layer, MaskedBatchNorm1d):
-            moments.add(layer.valid_values(*args, **kwargs))
-        else:
-            moments.add(args[0] if args else kwargs["input"])
-
-    return hook
+def store_all(
+    layers: dict[str, Any], moments: dict[str, Moments], estimate: Callable[[Moments], tuple[Tensor, Tensor]]
+) -> None:
+    estimates = {name: estimate(moments[name]) for name in layers}
+    bad = first_not_finite((name, *values) for name, values in estimates.items())
+    if bad is not None:
+        raise ValueError(f"layer {bad!r} received inf or NaN, so the running statistics stay as they were")
+    for name, (mean, spread) in estimates.items():
+        store(layers[name], mean, spread, moments[name].batches)
 
 
 def store(layer: Any, mean: Tensor, spread: Tensor, batches: int) -> None:
