@@ -88,7 +88,9 @@ def state_within(path: Path, document: Any) -> dict[str, Any]:
     found = {key: value for key, value in document.items() if is_state_dict(value)} if is_mapping(document) else {}
     names = [key for key in USUAL_KEYS if key in found] or list(found)
     if not found:
-        holds = f"a dict of {listing(document) or 'nothing'}" if is_mapping(document) else f"a {type(document).__name__}"
+        holds = (
+            f"a dict of {listing(document) or 'nothing'}" if is_mapping(document) else f"a {type(document).__name__}"
+        )
         raise DataError(f"{path} holds no state_dict, but {holds}")
     if names[0] not in USUAL_KEYS and len(found) > 1:
         raise DataError(f"{path} holds several state_dicts, {listing(found)}: save the one that is meant alone")

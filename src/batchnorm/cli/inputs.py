@@ -1,7 +1,8 @@
 """Inputs for a model: what the user's code yields, or a file of arrays whose first axis counts samples."""
 
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from batchnorm.report.text import clean
 
 NUMPY = (".npy", ".npz")
 FILES = (*NUMPY, ".pt", ".pth", SAFETENSORS)
+SIZE = re.compile(r"\d+(,\d+)*")
+EXAMPLE_SAMPLES = 8
 # Kinds of NumPy's dtypes that are numbers
 NUMBERS = "biufc"
 
@@ -45,12 +48,12 @@ class Loader:
             raise UserCodeError(
                 f"{target} is of type {type(found).__name__}: expected a loader, or a function that returns one"
             )
-        self.make = (lambda: found) if is_loader else found
+        self.make: Callable[[], Any] = (lambda: found) if is_loader else found
         self.batches: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         with failures(self.target):
-            loader = self.make()
+            loader: Any = self.make()
             iterator = iter(loader)
             self.batches = len(loader) if hasattr(loader, "__len__") else None
         end = object()
@@ -66,6 +69,17 @@ def open_inputs(source: str, batch_size: int) -> Samples | Loader:
     """``package.module:name``, ``path/to/file.py:name``, or a file, ``FILE:NAME`` if it has several arrays."""
     path, name = split_name(source)
     return Samples(read_array(path, name), batch_size) if path.suffix in FILES else Loader(source)
+
+
+def first_input(source: str) -> Tensor:
+    """One input: random numbers of a size such as "2,3,8,8", or the first batch of a file or loader."""
+    if SIZE.fullmatch(source):
+        return torch.randn([int(size) for size in source.split(",")], generator=torch.Generator().manual_seed(0))
+    item = next(iter(open_inputs(source, EXAMPLE_SAMPLES)), None)
+    input = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(input, Tensor) or input.numel() == 0:
+        raise DataError(f"{source}: expected a batch of inputs, found {described(input)}")
+    return input
 
 
 def is_file(source: str) -> bool:
@@ -116,7 +130,9 @@ def choose(path: Path, arrays: dict[str, Any], name: str) -> Any:
 
 
 def described(value: Any) -> str:
-    return "a single number" if isinstance(value, (np.ndarray, Tensor)) else f"a {type(value).__name__}"
+    if isinstance(value, (np.ndarray, Tensor)):
+        return f"an array of size {tuple(value.shape)}" if value.ndim else "a single number"
+    return "nothing" if value is None else f"something of type {type(value).__name__}"
 
 
 def as_tensor(values: np.ndarray | Tensor) -> Tensor:
