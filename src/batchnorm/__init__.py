@@ -11,35 +11,56 @@ if TYPE_CHECKING:
     from batchnorm.environment import describe_environment
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
-    from batchnorm.statistics import deferred_stats, recalibrate
+    from batchnorm.statistics import (
+        copy_running_stats,
+        deferred_stats,
+        keep_float32,
+        load_state_dict,
+        merge_running_stats,
+        recalibrate,
+        reset_running_stats,
+        synchronize_running_stats,
+    )
     from batchnorm.surgery import convert, revert
 
 __version__ = "0.1.0"
 __all__ = [
     "convert",
+    "copy_running_stats",
     "deferred_stats",
     "describe_environment",
     "errors",
     "explain",
     "functional",
     "insight",
+    "keep_float32",
+    "load_state_dict",
     "memory_report",
+    "merge_running_stats",
     "nn",
     "recalibrate",
     "reference",
+    "reset_running_stats",
     "revert",
     "statistics",
     "surgery",
+    "synchronize_running_stats",
 ]
 
 HOME = {
     "convert": "batchnorm.surgery",
+    "copy_running_stats": "batchnorm.statistics",
     "deferred_stats": "batchnorm.statistics",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
+    "keep_float32": "batchnorm.statistics",
+    "load_state_dict": "batchnorm.statistics",
     "memory_report": "batchnorm.insight",
+    "merge_running_stats": "batchnorm.statistics",
     "recalibrate": "batchnorm.statistics",
+    "reset_running_stats": "batchnorm.statistics",
     "revert": "batchnorm.surgery",
+    "synchronize_running_stats": "batchnorm.statistics",
 }
 
 

@@ -5,6 +5,7 @@ The tree, root first:
     BatchNormError
     |-- DataError              a data file is not what it should be (also a ValueError)
     |-- RunError               a run folder cannot be used as asked (also a RuntimeError)
+    |-- StatisticsError        a checkpoint has no usable running statistics (also a RuntimeError)
     |-- ImplementationError    the requested implementation cannot serve this call (also a RuntimeError)
     `-- MissingExtraError      an optional dependency is not installed (also an ImportError)
 """
@@ -20,6 +21,10 @@ class DataError(BatchNormError, ValueError):
 
 class RunError(BatchNormError, RuntimeError):
     """A run folder exists already, belongs to another configuration, or cannot be written."""
+
+
+class StatisticsError(BatchNormError, RuntimeError):
+    """Running statistics of a checkpoint are missing, impossible, or were never updated."""
 
 
 class ImplementationError(BatchNormError, RuntimeError):
