@@ -41,6 +41,17 @@ def make() -> Network:
     return Network()
 
 
+def on_meta() -> Network:
+    with torch.device("meta"):
+        return Network()
+
+
+def lazy() -> Network:
+    network = Network()
+    network.bn1, network.bn2 = nn.LazyBatchNorm2d(), nn.LazyBatchNorm2d()
+    return network
+
+
 def inputs() -> Tensor:
     return 2 * torch.randn(SAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(1)) + 1
 

@@ -106,6 +106,14 @@ def test_a_safetensors_file_stays_one_with_its_metadata(tmp_path: Path, data: st
         make().load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
+def test_statistics_are_written_in_the_precision_of_the_model(tmp_path: Path, data: str):
+    state = trained().half().state_dict()
+    assert recalibrate(save(tmp_path / "net.pt", state), *MODEL, "--data", data) == 0
+    found = read(tmp_path / "net.recalibrated.pt")
+    assert {value.dtype for name, value in found.items() if name.endswith(("mean", "var"))} == {torch.float32}
+    assert {value.dtype for name, value in found.items() if name.endswith(("weight", "bias"))} == {torch.float16}
+
+
 def test_the_table_says_what_changed_layer_by_layer(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
     network = trained()
     state = network.state_dict()
@@ -251,6 +259,8 @@ def test_data_that_the_model_does_not_take_is_one_line(
         ([*MODEL, "--data", "small_network:absent"], "batchnorm: small_network has no 'absent'"),
         ([*MODEL, "--data", "inputs.csv"], "batchnorm: 'inputs.csv' names no"),
         (["--model", "torch.nn:Identity", *LOADER], "batchnorm: the model has no batch normalization layer"),
+        (["--model", "small_network:on_meta", *LOADER], "batchnorm: moving the model to cpu: NotImplementedError: "),
+        (["--model", "small_network:lazy", *LOADER], "batchnorm: 'bn1', 'bn2' have no sizes yet: let the function"),
         (["--model", "small_network:inputs", *LOADER], "batchnorm: small_network:inputs() returned something of type"),
     ],
 )

@@ -1,5 +1,6 @@
 """Checkpoints as files: a state_dict, alone or inside what a trainer saves, read without running code of the file."""
 
+import argparse
 import copy
 import io
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -24,6 +26,14 @@ USUAL_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 # What wrappers put before every name: DataParallel and DistributedDataParallel, torch.compile
 WRAPPERS = ("module.", "_orig_mod.")
 EXTRA_STATE = "_extra_state"
+SCALAR = np.float64(0).__reduce__()[0]
+# Plain values besides torch's that trainers save: options, and numbers of NumPy, under its new name and its old one
+PLAIN = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 UNSAFE = re.compile(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose module")
 
 
@@ -61,7 +71,7 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str] | None]:
         if path.suffix == SAFETENSORS:
             with safetensors.safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             # about files that it then cannot read
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True), None

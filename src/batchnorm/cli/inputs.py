@@ -74,8 +74,9 @@ def open_inputs(source: str, batch_size: int) -> Samples | Loader:
 def first_input(source: str) -> Tensor:
     """One input: random numbers of a size such as "2,3,8,8", or the first batch of a file or loader."""
     if SIZE.fullmatch(source):
-        return torch.randn([int(size) for size in source.split(",")], generator=torch.Generator().manual_seed(0))
-    item = next(iter(open_inputs(source, EXAMPLE_SAMPLES)), None)
+        item = torch.randn([int(size) for size in source.split(",")], generator=torch.Generator().manual_seed(0))
+    else:
+        item = next(iter(open_inputs(source, EXAMPLE_SAMPLES)), None)
     input = item[0] if isinstance(item, (tuple, list)) and item else item
     if not isinstance(input, Tensor) or input.numel() == 0:
         raise DataError(f"{source}: expected a batch of inputs, found {described(input)}")

@@ -81,7 +81,9 @@ def recalibrate(
         torch.set_num_threads(threads)
     held = read_checkpoint(checkpoint)
     inputs = open_inputs(data, batch_size)
-    model = build_model(factory).to(place)
+    model = build_model(factory)
+    with failures(f"moving the model to {place}"):
+        model.to(place)
     faults, prefix = load_repairable(model, held)
     tell_faults(faults)
     check_layers(model, layers, faults)

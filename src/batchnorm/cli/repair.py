@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.cli.checkpoints import Checkpoint, unwrapped
+from batchnorm.cli.checkpoints import Checkpoint, listing, unwrapped
 from batchnorm.cli.user_code import UserCodeError
 from batchnorm.errors import DataError
 from batchnorm.report.text import clean
@@ -26,6 +26,9 @@ def tracking_layers(model: nn.Module) -> dict[str, Any]:
         raise UserCodeError(str(error)) from error
     if not layers:
         raise UserCodeError("no batch normalization layer of the model has running statistics")
+    lazy = [name for name, layer in layers.items() if nn.parameter.is_lazy(layer.running_mean)]
+    if lazy:
+        raise UserCodeError(f"{listing(lazy)} have no sizes yet: let the function that builds the model call it once")
     return layers
 
 
