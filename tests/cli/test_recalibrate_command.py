@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from batchnorm.cli import main
+from batchnorm.cli import main, progress
 from commands import BATCHNORM
 from small_network import SAMPLES, STATISTICS, Twice, inputs, make, population, save, trained, without_statistics
 
@@ -169,6 +169,28 @@ def test_few_samples_are_enough_where_few_are_asked_for(lost: Path, data: str, t
         recalibrate(lost, *MODEL, "--data", data, "--batch-size", 4, "--tolerance", 9.0, "--out", out, "--force") == 0
     )
     assert read(out)["bn1.num_batches_tracked"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["--batch-size", 8], ["measuring 1/3", "measuring 2/3", "measuring 3/3"]),
+        (["--batch-size", 12, "--layer-by-layer"], [f"measuring {i}/4" for i in range(1, 5)]),
+        (["--batch-size", 8, "--max-samples", 20], ["measuring 8/20", "measuring 16/20", "measuring 20/20"]),
+    ],
+)
+def test_progress_is_told_in_batches_or_in_the_samples_that_were_asked_for(
+    options: list[Any],
+    lines: list[str],
+    lost: Path,
+    data: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    assert recalibrate(lost, *MODEL, "--data", data, *options) == 0
+    told = [text.partition(",")[0] for text in capsys.readouterr().err.splitlines() if text.startswith("measuring")]
+    assert told == lines
 
 
 def test_only_chosen_layers_change(tmp_path: Path, data: str):

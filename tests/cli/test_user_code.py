@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from batchnorm.cli.user_code import UserCodeError, build_model, failures, find
+from batchnorm.cli.user_code import UserCodeError, announce, build_model, failures, find
 from small_network import Network, make
 
 MODELS = """
@@ -85,11 +85,23 @@ def test_a_file_can_import_its_neighbours_and_hold_dataclasses(folder: Path):
     assert build_model(str(folder / "deep" / "nets.py") + ":make").num_features == 6
 
 
-def test_running_the_users_code_is_said_and_what_it_prints_goes_to_standard_error(capsys: pytest.CaptureFixture[str]):
+def test_what_the_users_code_prints_goes_to_standard_error(capsys: pytest.CaptureFixture[str]):
     build_model("user_models:make")
-    captured = capsys.readouterr()
-    assert captured.err == "running the code of user_models\nbuilding\n"
-    assert captured.out == ""
+    assert capsys.readouterr() == ("", "building\n")
+
+
+def test_whose_code_runs_is_said_once(capsys: pytest.CaptureFixture[str]):
+    announce("nets.py:make", "nets.py:loader", "data.sets:loader", "no code")
+    assert capsys.readouterr() == ("", "running the code of nets.py\nrunning the code of data.sets\n")
+
+
+def test_a_file_that_is_named_twice_runs_once(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "nets.py").write_text("print('imported')\nclass Net: pass")
+    assert find("nets.py:Net") is find("./nets.py:Net")
+    assert capsys.readouterr().err == "imported\n"
+    (folder / "other").mkdir()
+    (folder / "other" / "nets.py").write_text("class Net: pass")
+    assert find("other/nets.py:Net") is not find("nets.py:Net")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from batchnorm.cli.repair import (
     put_statistics,
     tracking_layers,
 )
-from batchnorm.cli.user_code import build_model, failures
+from batchnorm.cli.user_code import announce, build_model, failures
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.experiments.distributed import usable_device
 from batchnorm.statistics import Recalibration
@@ -80,6 +80,7 @@ def recalibrate(
     if threads:
         torch.set_num_threads(threads)
     held = read_checkpoint(checkpoint)
+    announce(factory, *([] if is_file(data) else [data]))
     inputs = open_inputs(data, batch_size)
     model = build_model(factory)
     with failures(f"moving the model to {place}"):
@@ -135,7 +136,7 @@ def measure(model: nn.Module, inputs: Samples | Loader, factory: str, **how: Any
             return model(input)
 
     def on_progress(batches: int, samples: int) -> None:
-        done, total = (batches, inputs.batches) if most is None else (samples, most)
+        done, total = (batches, inputs.batches) if most is None else (min(samples, most * passes), most)
         progress.update("measuring", done, total and total * passes)
 
     with Progress(None) as progress:
@@ -174,8 +175,8 @@ def table(
         # one batch tells nothing about how much batches differ
         shown = "" if math.isnan(error) else f"{error:.2g} sd"
         rows.append((name or "(the model)", f"{count:,}", shown, *moved, faults.get(name, "")))
-    rows += [(name, "", "", "", "", "not reached") for name in result.not_reached]
-    rows += [(name, "", "", "", "", "frozen") for name in result.frozen]
+    rows += [(name or "(the model)", "", "", "", "", "not reached") for name in result.not_reached]
+    rows += [(name or "(the model)", "", "", "", "", "frozen") for name in result.frozen]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{'<>'[0 < i < 5]}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)

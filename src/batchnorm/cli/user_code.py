@@ -26,6 +26,13 @@ class UserCodeError(BatchNormError):
     """Code that a command was pointed to cannot be imported, raised something, or is not what was expected."""
 
 
+def announce(*targets: str) -> None:
+    """Say whose code is about to run, before the first of it does."""
+    for source in dict.fromkeys(target.rpartition(":")[0] for target in targets):
+        if source:
+            click.echo(f"running the code of {source}", err=True)
+
+
 def build_model(target: str) -> nn.Module:
     """The model that a factory returns; a model itself will do."""
     found = find(target)
@@ -46,7 +53,6 @@ def find(target: str) -> Any:
     source, _, name = target.rpartition(":")
     if not source or not name:
         raise UserCodeError(f"{target!r} names no code: expected package.module:name or path/to/file.py:name")
-    click.echo(f"running the code of {source}", err=True)
     module = import_file(Path(source)) if source.endswith(".py") else import_module(source)
     try:
         return functools.reduce(getattr, name.split("."), module)
@@ -81,14 +87,21 @@ def import_file(path: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     name = f"batchnorm_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    earlier = sys.modules.get(name)
+    if earlier is not None and earlier.__file__ == str(path.resolve()):
+        return earlier
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # dataclasses look their module up
     sys.modules[name] = module
-    with failures(f"importing {path}"):
-        spec.loader.exec_module(module)
+    try:
+        with failures(f"importing {path}"):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
