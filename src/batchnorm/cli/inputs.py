@@ -24,7 +24,7 @@ NUMBERS = "biufc"
 
 
 class Samples:
-    """An array in batches of nearly the same size: none is left with a single sample, unless all are."""
+    """An array in batches of nearly the same size: BN cannot normalize by a rest of a single sample."""
 
     def __init__(self, values: np.ndarray | Tensor, batch_size: int) -> None:
         self.values = values
