@@ -226,8 +226,8 @@ def test_the_result_prints_as_a_table():
     done = recalibrate(model, batches(2), call=lambda model, x: model[0](x))
     error = f"{done.standard_errors['0']:.2g}"
     assert str(done).splitlines() == [
-        "layer        values  standard error",
-        f"0                16  {error:>14}",
+        "layer  values  standard error",
+        f"0          16  {error:>14}",
         "16 samples in 2 batches",
         "left alone, not reached: 1",
         "left alone, frozen: 2",
@@ -258,7 +258,7 @@ def patched() -> nn.BatchNorm1d:
 
 def with_attribute() -> nn.BatchNorm1d:
     layer = nn.BatchNorm1d(4)
-    layer.activation = nn.ReLU()
+    layer.activation = torch.relu
     return layer
 
 

@@ -15,10 +15,9 @@ import batchnorm.nn as bnn
 from batchnorm.statistics import deferred_stats, recalibrate
 
 WORLD = 2
-# the batches of each process: uneven in number and size, and in one case none
-DATA = [
-    [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) + n for n in sizes] for sizes in ((5, 7, 2), (9,))
-]
+# of each process's batches: uneven, and the one that would wait for process 0 has more of them
+SIZES = ((9,), (5, 7, 2))
+DATA = [[torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) + n for n in sizes] for sizes in SIZES]
 HOMES = {"torch": nn, "ours": bnn}
 
 
@@ -31,6 +30,21 @@ def failing(rank: int) -> Iterator[Tensor]:
     yield from DATA[rank]
     if rank == 1:
         raise ConnectionError("the disk of process 1")
+
+
+class SyncOnCpu(nn.SyncBatchNorm):
+    """Torch's refuses the CPU in training. Statistics of all processes, without the gradient through them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        parts: list[Tensor] = [input] * WORLD
+        dist.all_gather_object(parts, input.detach())
+        whole = torch.cat(parts)
+        self.num_batches_tracked += 1
+        self.running_mean.mul_(1 - self.momentum).add_(whole.mean(0) * self.momentum)
+        self.running_var.mul_(1 - self.momentum).add_(whole.var(0) * self.momentum)
+        return (input - whole.mean(0)) / whole.std(0)
 
 
 def error_of(call: Any) -> str:
@@ -53,8 +67,11 @@ def recalibrated(rank: int, home: Any) -> dict[str, Any]:
     recalibrate(model, DATA[rank] if rank == 0 else [])
     results["one without data"] = model.state_dict()
     wrapped = DistributedDataParallel(chain(home))
-    recalibrate(wrapped, DATA[rank])
+    recalibrate(wrapped, DATA[rank] if rank else [])
     results["wrapped"] = wrapped.module.state_dict()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(chain(nn))
+    recalibrate(model, DATA[rank])
+    results["synchronized"] = model.state_dict()
     model = chain(home)
     before = copy.deepcopy(model.state_dict())
     results["errors"] = [
@@ -80,6 +97,18 @@ def trained(rank: int, home: Any, deferring: bool) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()} | dict(model.named_buffers())
 
 
+def synchronized(rank: int) -> dict[str, Tensor]:
+    """Two commits of the same layer: of both processes' data, and of one's where the other's is empty."""
+    layer = SyncOnCpu(4, momentum=1.0)
+    with deferred_stats(layer) as tx:
+        layer(DATA[rank][0])
+        layer(DATA[1 - rank][0])
+        tx.commit()
+        var = layer.running_var.clone()
+        layer(DATA[0][0] if rank else torch.zeros(0, 4))
+        return {"running_var": var, "counts": torch.tensor(tx.counts[""])}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
@@ -87,6 +116,7 @@ def worker(rank: int, folder: str) -> None:
         name: (recalibrated(rank, home), trained(rank, home, True), trained(rank, home, False))
         for name, home in HOMES.items()
     }
+    results["synchronized"] = synchronized(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     # a rank that leaves first closes connections the other may still read from
     dist.barrier()
@@ -137,9 +167,27 @@ def test_a_process_without_data_gets_the_statistics_of_the_others(ranks: list[An
 
 
 @homes
-def test_a_wrapped_model_with_uneven_data_does_not_wait(ranks: list[Any], home: str):
+def test_a_wrapped_model_does_not_wait_for_a_process_without_data(ranks: list[Any], home: str):
+    """The wrapper broadcasts the buffers of process 0, in the forward."""
+    model = chain(HOMES[home])
+    recalibrate(model, DATA[1])
     for rank in ranks:
-        torch.testing.assert_close(dict(rank[home][0]["wrapped"]), rank[home][0]["pooled"][0])
+        torch.testing.assert_close(rank[home][0]["wrapped"], model.state_dict())
+
+
+@homes
+def test_synchronized_layers_are_measured_by_the_data_of_each_process_once(ranks: list[Any], home: str):
+    """Uneven numbers of batches, on the CPU."""
+    for rank in ranks:
+        torch.testing.assert_close(dict(rank[home][0]["synchronized"]), rank["torch"][0]["pooled"][0])
+
+
+def test_a_synchronized_layer_commits_the_values_of_all_processes(ranks: list[Any]):
+    whole = torch.cat([DATA[0][0], DATA[1][0]] * 2)
+    for rank in ranks:
+        torch.testing.assert_close(rank["synchronized"]["running_var"], whole.var(0))
+        # of the process whose own batch was empty too
+        assert rank["synchronized"]["counts"] == len(DATA[0][0])
 
 
 @homes

@@ -106,8 +106,9 @@ class Measurement:
         residual: Tensor | None,
         choice: Choice,
     ) -> Tensor:
-        output, mean, var = train_and_measure(layer, input, weight, bias, residual, choice)
-        self.moments.setdefault(self.name, Moments()).merge(values_per_channel(input), mean, var)
+        count = values_per_channel(input)
+        output, mean, var = train_and_measure(layer, input, weight, bias, residual, choice, count)
+        self.moments.setdefault(self.name, Moments()).merge(count, mean, var)
         return output
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -122,11 +123,13 @@ def train_and_measure(
     bias: Tensor | None,
     residual: Tensor | None,
     choice: Choice,
+    count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize by the batch of this process, without the correction of Batch Renorm; its mean and biased variance."""
     by_whole_batch = type(layer).train_and_track is FusedBatchNorm.train_and_track
     if not by_whole_batch and not isinstance(layer, (BatchRenorm, nn.SyncBatchNorm)):
-        return train_with_scratch(layer, input, weight, bias, residual, choice)
+        output, mean, var_unbiased = train_with_scratch(layer, input, weight, bias, residual, choice)
+        return output, mean, var_unbiased.double() * ((count - 1) / max(count, 1))
     if choice is READY and not torch.is_grad_enabled():
         try:
             return kernel_autograd.measure(input, weight, bias, residual, layer.eps, layer.activation)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from batchnorm.reference import batch_mean, batch_var, covariance, values_per_channel, var_unbiased
+from batchnorm.reference import batch_mean, batch_var, covariance, values_per_channel
 from batchnorm.relatives.whitening import values_of_groups
 
 
@@ -31,14 +31,15 @@ class Moments:
 
     def merge(self, count: int, mean: Tensor, var: Tensor) -> None:
         """Count the values of a batch whose mean and spread, divided by ``count``, are known."""
+        self.merge_squares(count, mean.detach().double(), var.detach().double() * count)
+
+    def merge_squares(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        """Count the values of a batch whose mean, and squares about it, summed, are known in float64."""
         if count == 0:
             return
         batch = Moments(self.group_size)
-        batch.batches, batch.count = 1, count
-        batch.mean = batch.sum_of_means = mean.detach().double()
-        var = var.detach().double()
-        batch.squares, batch.sum_of_vars = var * count, var_unbiased(var, count) if count > 1 else var
-        batch.between = torch.zeros_like(batch.mean)
+        batch.batches, batch.count, batch.mean, batch.squares = 1, count, mean, squares
+        batch.sum_of_means, batch.sum_of_vars = mean, squares / max(count - 1, 1)
         self.join(batch)
 
     def join(self, other: "Moments") -> None:
@@ -50,10 +51,10 @@ class Moments:
             return
         total = self.count + other.count
         delta = other.mean - self.mean
-        weight = self.count * other.count / total
+        spread = self.product(delta) * (self.count * other.count / total)
         self.mean = self.mean + delta * (other.count / total)
-        self.squares = self.squares + other.squares + self.product(delta) * weight
-        self.between = self.between + other.between + delta.square() * weight
+        self.squares = self.squares + other.squares + spread
+        self.between = self.between + other.between + diagonal(spread)
         self.sum_of_means = self.sum_of_means + other.sum_of_means
         self.sum_of_vars = self.sum_of_vars + other.sum_of_vars
         self.count = total
@@ -89,7 +90,7 @@ class Moments:
         """
         if self.batches < 2 or self.mean.numel() == 0:
             return float("nan")
-        squares = self.squares if self.group_size is None else self.squares.diagonal(dim1=-2, dim2=-1).flatten()
+        squares = diagonal(self.squares)
         # a channel without variance has a mean without error
         shares = torch.where(squares > 0, self.between / squares, squares * 0)
         return (shares.max() * (self.count - 1) / self.count / (self.batches - 1)).sqrt().item()
@@ -114,3 +115,8 @@ class Moments:
         moments.mean, moments.between, moments.sum_of_means = fields[:3]
         moments.squares, moments.sum_of_vars = (field.view(shape) for field in fields[3:])
         return moments
+
+
+def diagonal(spread: Tensor) -> Tensor:
+    """The variances (C,) of variances or covariances."""
+    return spread if spread.dim() < 3 else spread.diagonal(dim1=-2, dim2=-1).flatten()

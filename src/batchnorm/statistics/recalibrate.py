@@ -41,10 +41,11 @@ class Recalibration(NamedTuple):
     samples: int
 
     def __str__(self) -> str:
-        width = max(map(len, ("layer", *self.counts)))
-        lines = [f"{'layer':<{width}}  {'values':>12}  standard error"]
+        table = [("layer", "values", "standard error")]
         for name, count in self.counts.items():
-            lines.append(f"{name:<{width}}  {count:>12,}  {self.standard_errors[name]:>14.2g}")
+            table.append((name or "(the model)", f"{count:,}", f"{self.standard_errors[name]:.2g}"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in table]
         lines.append(f"{self.samples:,} samples in {self.batches:,} batches")
         for what, names in (("not reached", self.not_reached), ("frozen", self.frozen)):
             if names:

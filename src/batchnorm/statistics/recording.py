@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from batchnorm._ops.choice import Choice
 from batchnorm.nn.batchnorm import FusedBatchNorm
 from batchnorm.nn.renorm import BatchRenorm
-from batchnorm.reference import values_per_channel
 
 # layers whose forward is being recorded
 taken: WeakSet[nn.Module] = WeakSet()
@@ -51,16 +50,15 @@ def train_with_scratch(
     residual: Tensor | None,
     choice: Choice,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a training forward of the layer returns, with mean and biased variance of the batch; nothing else moves."""
+    """What a training forward of the layer returns, mean and unbiased variance of the batch; nothing else moves."""
     running_mean, running_var = layer.running_mean, layer.running_var
     assert running_mean is not None
     assert running_var is not None
-    # with momentum 1 they receive the batch's. Batch Renorm also reads them
-    fresh = torch.clone if isinstance(layer, BatchRenorm) else torch.zeros_like
-    mean, var = fresh(running_mean), fresh(running_var)
+    # with momentum 1 they receive the batch's; Batch Renorm reads them before
+    mean, var = running_mean.clone(), running_var.clone()
     with schedule_kept(layer):
         output = layer.train_and_track(input, weight, bias, residual, mean, var, 1.0, None, choice)
-    return output, mean, biased(var, values_per_channel(input))
+    return output, mean, var
 
 
 def schedule_kept(layer: FusedBatchNorm) -> AbstractContextManager[None]:
@@ -79,19 +77,17 @@ def buffer_kept(layer: nn.Module, name: str) -> Iterator[None]:
         layer._buffers[name] = buffer
 
 
-def biased(var_unbiased: Tensor, count: int) -> Tensor:
-    return var_unbiased.double() * ((count - 1) / max(count, 1))
-
-
 def is_frozen(layer: nn.Module) -> bool:
     return getattr(layer, "frozen_statistics", False) is True
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> str | None:
     """The first name whose mean or spread has inf or NaN; asks the device once."""
-    named = [(name, mean.isfinite().all() & spread.isfinite().all()) for name, mean, spread in tensors]
-    flags = torch.stack([flag.to(named[0][1].device) for _, flag in named]).tolist() if named else []
-    return next((name for (name, _), flag in zip(named, flags, strict=True) if not flag), None)
+    sums = [(name, mean.sum() + spread.sum()) for name, mean, spread in tensors]
+    if not sums:
+        return None
+    flags = torch.stack([total.to(sums[0][1].device) for _, total in sums]).isfinite().tolist()
+    return next((name for (name, _), is_finite in zip(sums, flags, strict=True) if not is_finite), None)
 
 
 def without_compiled_graphs() -> AbstractContextManager[Any]:

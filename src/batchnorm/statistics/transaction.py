@@ -16,8 +16,8 @@ from batchnorm.reference import values_per_channel
 from batchnorm.statistics.layers import has_running_statistics, normalizing_layers, spread_of
 from batchnorm.statistics.measuring import group_size_of
 from batchnorm.statistics.moments import Moments
+from batchnorm.statistics.ranks import is_distributed
 from batchnorm.statistics.recording import (
-    biased,
     claimed,
     first_not_finite,
     recorded_by,
@@ -87,9 +87,14 @@ class Transaction:
         if not self.is_open:
             raise RuntimeError("the block of deferred_stats has ended: commit and roll back inside of it")
 
-    def record(self, name: str, count: int, mean: Tensor, spread: Tensor) -> None:
-        if count and not is_recomputing():
-            self.pending.setdefault(name, Moments(group_size_of(self.layers[name]))).merge(count, mean, spread)
+    def record(self, name: str, layer: Any, input: Tensor, mean: Tensor, unbiased: Tensor) -> None:
+        """Count a batch, unless it was counted before, by the mean and the unbiased spread that a forward gave it."""
+        if is_recomputing():
+            return
+        count = count_of(layer, input)
+        if count:
+            moments = self.pending.setdefault(name, Moments(group_size_of(layer)))
+            moments.merge_squares(count, mean.double(), unbiased.double() * (count - 1))
 
 
 @contextmanager
@@ -188,7 +193,7 @@ class DeferredForward:
         if not layer.track_running_stats:
             return layer.train_and_track(input, weight, bias, residual, None, None, 0.0, None, choice)
         output, mean, var = train_with_scratch(layer, input, weight, bias, residual, choice)
-        self.transaction.record(self.name, count_of(layer, input), mean, var)
+        self.transaction.record(self.name, layer, input, mean, var)
         return output
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -209,7 +214,7 @@ class DeferredBuffers:
             return
         buffers = {name: layer._buffers[name] for name in STATISTICS if name in layer._buffers}
         self.own[id(layer)] = buffers, layer.momentum
-        layer._buffers.update({name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()})
+        layer._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
         layer.momentum = 1.0
 
     def after(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -221,12 +226,12 @@ class DeferredBuffers:
         layer._buffers.update(own)
         if output is None:
             return
-        count = count_of(layer, args[0] if args else kwargs["input"])
+        input = args[0] if args else kwargs["input"]
         mean, spread = scratch["running_mean"], spread_in(scratch)
-        if isinstance(layer, Whitening) and count and not scratch["num_batches_tracked"]:
-            # it refused the batch, which had inf or NaN
-            mean = torch.full_like(mean, float("nan"))
-        self.transaction.record(self.name, count, mean, biased(spread, count))
+        if isinstance(layer, Whitening) and input.numel():
+            # a batch with inf or NaN, which it lets no buffer see
+            mean = mean.where(scratch["num_batches_tracked"] > layer.num_batches_tracked, float("nan"))
+        self.transaction.record(self.name, layer, input, mean, spread)
 
 
 @contextmanager
@@ -264,7 +269,7 @@ def spread_in(buffers: dict[str, Any]) -> Tensor:
 def count_of(layer: Any, input: Tensor) -> int:
     """The values per channel behind the batch's statistics, which those of SyncBatchNorm share."""
     count = values_per_channel(input)
-    if isinstance(layer, nn.SyncBatchNorm) and dist.is_initialized() and not is_recomputing():
+    if isinstance(layer, nn.SyncBatchNorm) and is_distributed():
         group = layer.process_group or dist.group.WORLD
         if dist.get_world_size(group) > 1:
             total = torch.tensor(count, device=input.device)
@@ -284,8 +289,7 @@ def updated(layer: Any, moments: Moments) -> tuple[Tensor, Tensor]:
     if weight is None:
         # of a layer without a counter torch keeps the running statistics
         weight = 0.0 if layer.num_batches_tracked is None else 1.0 / (layer.num_batches_tracked + 1).double()
-    return tuple(old.double() * (1 - weight) + new * weight for old, new in ((layer.running_mean, mean),
-                                                                              (running, spread)))  # fmt: skip
+    return layer.running_mean.double().lerp(mean, weight), running.double().lerp(spread, weight)
 
 
 def store(layer: Any, mean: Tensor, spread: Tensor) -> None:
