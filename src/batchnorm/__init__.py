@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         reset_running_stats,
         synchronize_running_stats,
     )
-    from batchnorm.surgery import convert, revert
+    from batchnorm.surgery import convert, fold, revert
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "describe_environment",
     "errors",
     "explain",
+    "fold",
     "functional",
     "insight",
     "keep_float32",
@@ -53,6 +54,7 @@ HOME = {
     "deferred_stats": "batchnorm.statistics",
     "describe_environment": "batchnorm.environment",
     "explain": "batchnorm.nn",
+    "fold": "batchnorm.surgery",
     "keep_float32": "batchnorm.statistics",
     "load_state_dict": "batchnorm.statistics",
     "memory_report": "batchnorm.insight",

@@ -6,6 +6,7 @@ The tree, root first:
     |-- DataError              a data file is not what it should be (also a ValueError)
     |-- RunError               a run folder cannot be used as asked (also a RuntimeError)
     |-- StatisticsError        a checkpoint has no usable running statistics (also a RuntimeError)
+    |-- FoldError              a folded model would not compute what the model does (also a RuntimeError)
     |-- ImplementationError    the requested implementation cannot serve this call (also a RuntimeError)
     `-- MissingExtraError      an optional dependency is not installed (also an ImportError)
 """
@@ -25,6 +26,10 @@ class RunError(BatchNormError, RuntimeError):
 
 class StatisticsError(BatchNormError, RuntimeError):
     """Running statistics of a checkpoint are missing, impossible, or were never updated."""
+
+
+class FoldError(BatchNormError, RuntimeError):
+    """A folded model would differ from the model by more than rounding, or nothing could be compared."""
 
 
 class ImplementationError(BatchNormError, RuntimeError):

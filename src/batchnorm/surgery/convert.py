@@ -121,14 +121,14 @@ def check_module(model: object) -> None:
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
 
 
-def check(model: object) -> None:
+def check(model: object, verb: str = "convert") -> None:
     check_module(model)
     assert isinstance(model, nn.Module)
     for name, module in model.named_modules():
         # by name, because importing torch._dynamo takes seconds
         if type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch._dynamo"):
             what = f"its module {name!r}" if name else "the model"
-            raise ValueError(f"{what} is compiled: convert the original, then call torch.compile on the result")
+            raise ValueError(f"{what} is compiled: {verb} the original, then call torch.compile on the result")
 
 
 def known_calls(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Calls:
