@@ -14,6 +14,11 @@ from batchnorm.errors import BatchNormError
 COMMANDS = {
     "bench": ("batchnorm.cli.bench", "bench", "Measure the layers against torch, torch.compile and JAX."),
     "env": ("batchnorm.cli.env", "env", "Show the machine, the versions and the kernels that results depend on."),
+    "fold": (
+        "batchnorm.cli.fold",
+        "fold",
+        "Fold a checkpoint's BN layers into their neighbours, and write the result.",
+    ),
     "recalibrate": (
         "batchnorm.cli.recalibrate",
         "recalibrate",
@@ -53,7 +58,7 @@ class LazyCommands(click.Group):
 def batchnorm() -> None:
     """Batch normalization for PyTorch: checkpoints repaired, the paper's experiments, and what results depend on.
 
-    Exit status: 0 all claims reproduced, 1 some not, 2 an error, 130 interrupted.
+    Exit status: 0 done, 1 done but not all is well, as each command says, 2 an error, 130 interrupted.
     """
 
 
