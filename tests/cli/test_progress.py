@@ -68,6 +68,17 @@ def test_a_resumed_job_is_timed_from_where_it_resumed(clock: Clock, capsys):
     assert capsys.readouterr().err == "bn 950/1,000, 5.0 steps/s, 10 s left\n"
 
 
+def test_a_job_of_unknown_length_shows_what_is_done(clock: Clock, capsys):
+    with Progress(None) as shown:
+        shown.update("measuring", 50)
+        clock.now = 10.0
+        shown.update("measuring", 100)
+        clock.now = 20.0
+        shown.update("loading", 1, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["measuring 100, 5.0 steps/s", "measuring 100, 2.5 steps/s; loading 1/3"]
+
+
 def test_many_jobs_are_counted_together(clock: Clock, capsys):
     with Progress(100, jobs=20) as shown:
         shown.update("a", 100)

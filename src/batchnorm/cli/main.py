@@ -14,6 +14,16 @@ from batchnorm.errors import BatchNormError
 COMMANDS = {
     "bench": ("batchnorm.cli.bench", "bench", "Measure the layers against torch, torch.compile and JAX."),
     "env": ("batchnorm.cli.env", "env", "Show the machine, the versions and the kernels that results depend on."),
+    "fold": (
+        "batchnorm.cli.fold",
+        "fold",
+        "Fold a checkpoint's BN layers into their neighbours, and write the result.",
+    ),
+    "recalibrate": (
+        "batchnorm.cli.recalibrate",
+        "recalibrate",
+        "Measure a checkpoint's running statistics anew on data, and write a new checkpoint.",
+    ),
     "report": ("batchnorm.cli.report", "report", "Rebuild the figures and the page of a run from its data."),
     "reproduce": (
         "batchnorm.cli.reproduce",
@@ -46,9 +56,9 @@ class LazyCommands(click.Group):
 @click.command(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="batchnorm")
 def batchnorm() -> None:
-    """Batch normalization for PyTorch: the paper's experiments, and what results depend on.
+    """Batch normalization for PyTorch: checkpoints repaired, the paper's experiments, and what results depend on.
 
-    Exit status: 0 all claims reproduced, 1 some not, 2 an error, 130 interrupted.
+    Exit status: 0 done, 1 done but not all is well, as each command says, 2 an error, 130 interrupted.
     """
 
 

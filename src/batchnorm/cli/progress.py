@@ -1,6 +1,7 @@
 """Live progress with the time left on a terminal; a plain line now and then elsewhere. On standard error."""
 
 import contextlib
+import math
 import sys
 import time
 from types import TracebackType
@@ -18,13 +19,14 @@ class Progress:
     """Progress of jobs that are known once they report.
 
     Args:
-        steps: of each job that does not say otherwise.
+        steps: of each job that does not say otherwise; None where nobody knows.
         jobs: how many there will be, where that is known and they are too many to look at one by one.
     """
 
-    def __init__(self, steps: int, jobs: int | None = None) -> None:
-        self.steps, self.jobs = steps, jobs
-        self.steps_of: dict[str, int] = {}
+    def __init__(self, steps: int | None, jobs: int | None = None) -> None:
+        self.steps = math.inf if steps is None else steps
+        self.jobs = jobs
+        self.steps_of: dict[str, float] = {}
         self.done: dict[str, int] = {}
         self.first: dict[str, tuple[int, float]] = {}
         self.printed = time.monotonic()
@@ -66,7 +68,8 @@ class Progress:
             self.first.setdefault(EVERYTHING, (finished, now))
         if self.bars is not None:
             if job not in self.tasks:
-                self.tasks[job] = self.bars.add_task(job, total=total, completed=step, rate="")
+                known = total if total < math.inf else None
+                self.tasks[job] = self.bars.add_task(job, total=known, completed=step, rate="")
             if EVERYTHING in self.tasks:
                 self.bars.update(self.tasks[EVERYTHING], completed=finished)
             visible = step < total or len(self.tasks) <= MOST_FINISHED
@@ -92,8 +95,11 @@ class Progress:
     def line(self, job: str, now: float) -> str:
         rate = self.rate(job, now)
         total = self.steps_of[job]
-        left = f", {per_second(rate)}, {(total - self.done[job]) / rate:.0f} s left" if rate else ""
-        return f"{job} {self.done[job]:,}/{total:,}{left}"
+        speed = f", {per_second(rate)}" if rate else ""
+        if total == math.inf:
+            return f"{job} {self.done[job]:,}{speed}"
+        left = f", {(total - self.done[job]) / rate:.0f} s left" if rate else ""
+        return f"{job} {self.done[job]:,}/{total:,}{speed}{left}"
 
     def rate(self, job: str, now: float) -> float:
         step, since = self.first[job]
