@@ -81,7 +81,7 @@ class Storages:
 
 
 def read_torch_tar(source: Source) -> Table:
-    """The names of the members of what torch saved before version 0.1.9; its tensors are not listed.
+    """The names of the members of what the first versions of torch saved; its tensors are not listed.
 
     Raises:
         DataError: it is another tar archive.
@@ -96,5 +96,5 @@ def read_torch_tar(source: Source) -> Table:
     if not {"storages", "tensors", "pickle"} <= {*names}:
         raise source.error(f"is a tar archive ({', '.join(map(shown, names[:3]))}); unpack it and name the checkpoint")
     table = Table(source.name, facts={"members": names})
-    table.faults.add("BN004", "", "is in the tar format of torch before 0.1.9: its tensors are not listed")
+    table.faults.add("BN004", "", "is in the tar format of the first versions of torch: its tensors are not listed")
     return table

@@ -30,11 +30,10 @@ def read_torch_zip(source: Source) -> Table:
     """
     table = Table(source.name)
     members = read_directory(source, table.faults)
-    if members is None:
+    if cut := members is None:
         members = recover(source)
         if not any(name.endswith(f"/{PICKLE}") for name in members):
             raise source.error(f"is an archive cut off after {source.size} bytes, before its tensors; fetch it again")
-        table.faults.add("BN004", "", "the archive is cut off: its directory is missing", bytes=source.size)
     folder = find_folder(source, members)
     for name in members:
         if (problem := unfitness(name)) is not None:
@@ -53,8 +52,11 @@ def read_torch_zip(source: Source) -> Table:
     def read(key: str, start: int, count: int) -> bytes:
         return read_member(source, members[f"{folder}/data/{key}"], start, count)
 
-    storages = StorageCheck(members, f"{folder}/data/", table.faults)
+    storages = StorageCheck(members, f"{folder}/data/", Faults() if cut else table.faults)
     fill(table, root, storages.problem, read, big_endian=order == b"big")
+    if cut:
+        lost = sum(map(bool, storages.problems.values()))
+        table.faults.add("BN004", "", "is cut off: its directory is missing", bytes=source.size, lost_storages=lost)
     return table
 
 
