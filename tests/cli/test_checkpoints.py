@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from batchnorm.cli.checkpoints import check_output, read_checkpoint, unwrapped, write_checkpoint
+from batchnorm.cli.checkpoints import read_checkpoint, unwrapped, write_checkpoint
+from batchnorm.cli.outputs import check_output
 from batchnorm.errors import DataError
 from small_network import Network, save, trained
 

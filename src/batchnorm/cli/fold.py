@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 from torch import Tensor, nn
 
-from batchnorm.cli.checkpoints import SAFETENSORS, check_output, listing, read_checkpoint, torch_bytes, unwrapped
+from batchnorm.cli.checkpoints import SAFETENSORS, listing, read_checkpoint, torch_bytes, unwrapped
 from batchnorm.cli.exports import ONNX, PROGRAM, onnx_bytes, program_bytes, safetensors_bytes
 from batchnorm.cli.inputs import first_input, is_file
+from batchnorm.cli.outputs import check_output
 from batchnorm.cli.user_code import announce, build_model, failures
 from batchnorm.errors import DataError, MissingExtraError, StatisticsError
 from batchnorm.files import write_atomic

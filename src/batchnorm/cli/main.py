@@ -13,6 +13,11 @@ from batchnorm.errors import BatchNormError
 # name: module and attribute, short help. The module is imported only when the command runs, so --help needs no torch.
 COMMANDS = {
     "bench": ("batchnorm.cli.bench", "bench", "Measure the layers against torch, torch.compile and JAX."),
+    "doctor": (
+        "batchnorm.cli.doctor",
+        "doctor",
+        "Find what is wrong with the batch normalization layers of a checkpoint or a model.",
+    ),
     "env": ("batchnorm.cli.env", "env", "Show the machine, the versions and the kernels that results depend on."),
     "fold": (
         "batchnorm.cli.fold",
@@ -30,6 +35,7 @@ COMMANDS = {
         "reproduce",
         "Run an experiment and give a verdict per claim.",
     ),
+    "rule": ("batchnorm.cli.rule", "rule", "Explain a rule of the doctor, or list all of them."),
 }
 
 ERROR = 2
@@ -56,7 +62,7 @@ class LazyCommands(click.Group):
 @click.command(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="batchnorm")
 def batchnorm() -> None:
-    """Batch normalization for PyTorch: checkpoints repaired, the paper's experiments, and what results depend on.
+    """Batch normalization for PyTorch: checkpoints examined and repaired, and the paper's experiments.
 
     Exit status: 0 done, 1 done but not all is well, as each command says, 2 an error, 130 interrupted.
     """

@@ -10,18 +10,20 @@ import torch
 from click.core import ParameterSource
 from torch import Tensor, nn
 
-from batchnorm.cli.checkpoints import SAFETENSORS, check_output, listing, read_checkpoint, write_checkpoint
+from batchnorm.cli.checkpoints import SAFETENSORS, listing, read_checkpoint, write_checkpoint
 from batchnorm.cli.inputs import Loader, Samples, is_file, open_inputs
 from batchnorm.cli.options import FiniteRange
+from batchnorm.cli.outputs import check_output
 from batchnorm.cli.progress import Progress
 from batchnorm.cli.repair import (
     NEVER_UPDATED,
     load_repairable,
     mean_and_variance,
     put_statistics,
+    tell_faults,
     tracking_layers,
 )
-from batchnorm.cli.user_code import announce, build_model, failures
+from batchnorm.cli.user_code import announce, build_model, failures, run_model
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.experiments.distributed import usable_device
 from batchnorm.statistics import Recalibration
@@ -97,13 +99,6 @@ def recalibrate(
     return tell_unusable([name for name in faults if name not in result.counts])
 
 
-def tell_faults(faults: Mapping[str, str]) -> None:
-    """What is to be repaired, one line for each kind of fault."""
-    for fault in dict.fromkeys(faults.values()):
-        names = [name for name, other in faults.items() if other == fault]
-        click.echo(f"running statistics {fault}: {listing(names)}", err=True)
-
-
 def tell_unusable(names: Sequence[str]) -> int:
     """The exit status."""
     if names:
@@ -130,10 +125,7 @@ def measure(model: nn.Module, inputs: Samples | Loader, factory: str, **how: Any
     most = how["max_samples"]
 
     def call(model: nn.Module, item: Any) -> Any:
-        input = item[0] if isinstance(item, (tuple, list)) else item
-        input = input.to(device) if isinstance(input, Tensor) else input
-        with failures(f"{factory} on {described(input)}"):
-            return model(input)
+        return run_model(model, item, factory, device)
 
     def on_progress(batches: int, samples: int) -> None:
         done, total = (batches, inputs.batches) if most is None else (min(samples, most * passes), most)
@@ -146,12 +138,6 @@ def measure(model: nn.Module, inputs: Samples | Loader, factory: str, **how: Any
             raise
         except ValueError as error:
             raise DataError(str(error)) from error
-
-
-def described(input: Any) -> str:
-    if not isinstance(input, Tensor):
-        return f"a {type(input).__name__}"
-    return f"an input of size {tuple(input.shape)} and type {str(input.dtype).removeprefix('torch.')}"
 
 
 def moments_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

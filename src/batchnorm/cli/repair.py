@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +60,13 @@ def load_repairable(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str,
     except Exception as error:
         raise DataError(f"{checkpoint.path} does not fit the model: {clean(str(error))}") from error
     return faults, prefix
+
+
+def tell_faults(faults: Mapping[str, str]) -> None:
+    """What is to be repaired, one line for each kind of fault."""
+    for fault in dict.fromkeys(faults.values()):
+        names = [name for name, other in faults.items() if other == fault]
+        click.echo(f"running statistics {fault}: {listing(names)}", err=True)
 
 
 def fault_of(layer: nn.Module, given: Mapping[str, Tensor | None]) -> str | None:

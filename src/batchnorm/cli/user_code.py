@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import click
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError
 from batchnorm.report.text import clean
@@ -46,6 +47,20 @@ def build_model(target: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise UserCodeError(f"{target}() returned something of type {type(found).__name__}, expected a torch.nn.Module")
     return found
+
+
+def run_model(model: nn.Module, item: Any, target: str, device: torch.device | None = None) -> Any:
+    """Call the model that a factory built on an item of a loader, an input or a tuple that begins with one."""
+    input = item[0] if isinstance(item, (tuple, list)) else item
+    input = input.to(device) if isinstance(input, Tensor) else input
+    with failures(f"{target} on {described(input)}"):
+        return model(input)
+
+
+def described(input: Any) -> str:
+    if not isinstance(input, Tensor):
+        return f"a {type(input).__name__}"
+    return f"an input of size {tuple(input.shape)} and type {str(input.dtype).removeprefix('torch.')}"
 
 
 def find(target: str) -> Any:

@@ -1,0 +1,100 @@
+"""What ``batchnorm doctor`` examines: a file, a model that the user's code builds, or the one in the other."""
+
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from batchnorm.doctor.examine import Examination, examine, in_order
+from batchnorm.errors import BatchNormError, DataError
+
+CODE = re.compile(r"[\w.]+:[\w.]+|.+\.py:[\w.]+")
+
+
+def is_code(target: str) -> bool:
+    """Whether a target that is no file names code.
+
+    Example:
+        >>> is_code("package.module:make"), is_code("models/net.py:make"), is_code("model.ckpt-100")
+        (True, True, False)
+    """
+    return not Path(target).exists() and CODE.fullmatch(target) is not None
+
+
+def examine_file(
+    target: str, factory: str | None, data: str | None, batch_size: int, select: Iterable[str], ignore: Iterable[str]
+) -> Examination:
+    """A file; rules that need a model look at the one that the factory builds, with the state of the file."""
+    found = examine(target, select=select, ignore=ignore)
+    waiting = [rule.code for rule in found.not_run]
+    if factory is None or not waiting:
+        return found
+    announce_code(factory, data)
+    model = loaded_model(Path(target), factory)
+    more = examine_live(model, factory, data, batch_size, waiting, ())
+    findings = in_order([*found.findings, *more.findings], found.layers)
+    return dataclasses.replace(found, findings=findings, not_run=more.not_run)
+
+
+def examine_code(
+    target: str, data: str | None, batch_size: int, select: Iterable[str], ignore: Iterable[str]
+) -> Examination:
+    """The model that a factory builds, as it is."""
+    from batchnorm.cli.user_code import build_model
+
+    announce_code(target, data)
+    found = examine_live(build_model(target), target, data, batch_size, select, ignore)
+    return dataclasses.replace(found, source=target)
+
+
+def announce_code(factory: str, data: str | None) -> None:
+    from batchnorm.cli.inputs import is_file
+    from batchnorm.cli.user_code import announce
+
+    announce(factory, *([] if data is None or is_file(data) else [data]))
+
+
+def loaded_model(path: Path, factory: str) -> Any:
+    """The model with the state of the file, where it says which running statistics the file does not have.
+
+    Raises:
+        DataError: anything else does not fit.
+    """
+    from batchnorm.cli.checkpoints import read_checkpoint
+    from batchnorm.cli.repair import load_repairable, tell_faults
+    from batchnorm.cli.user_code import build_model
+
+    held = read_checkpoint(path)
+    model = build_model(factory)
+    tell_faults(load_repairable(model, held)[0])
+    return model
+
+
+def examine_live(
+    model: Any, factory: str, data: str | None, batch_size: int, select: Iterable[str], ignore: Iterable[str]
+) -> Examination:
+    """A model, with progress; what it prints goes to standard error, and what it raises is one line."""
+    from batchnorm.cli.inputs import open_inputs
+    from batchnorm.cli.progress import Progress
+    from batchnorm.cli.user_code import run_model
+
+    calls = 0
+
+    def call(model: Any, item: Any) -> Any:
+        nonlocal calls
+        output = run_model(model, item, factory)
+        calls += 1
+        progress.update("forward passes", calls)
+        return output
+
+    inputs = None if data is None else open_inputs(data, batch_size)
+    with Progress(None) as progress, contextlib.redirect_stdout(sys.stderr):
+        try:
+            return examine(model, inputs, call=call, select=select, ignore=ignore)
+        except BatchNormError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{factory}: {error}") from error
