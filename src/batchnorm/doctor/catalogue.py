@@ -8,6 +8,14 @@ from batchnorm.doctor.rules import (
     bn004_damaged_container,
     bn005_unfit_names,
     bn100_missing_statistics,
+    bn101_initial_statistics,
+    bn102_impossible_statistics,
+    bn103_collapsed_variance,
+    bn104_dead_channels,
+    bn105_odd_counters,
+    bn106_doubled_counter,
+    bn107_narrow_statistics,
+    bn109_converted_model,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -17,4 +25,12 @@ RULES: tuple[Rule, ...] = (
     bn004_damaged_container.RULE,
     bn005_unfit_names.RULE,
     bn100_missing_statistics.RULE,
+    bn101_initial_statistics.RULE,
+    bn102_impossible_statistics.RULE,
+    bn103_collapsed_variance.RULE,
+    bn104_dead_channels.RULE,
+    bn105_odd_counters.RULE,
+    bn106_doubled_counter.RULE,
+    bn107_narrow_statistics.RULE,
+    bn109_converted_model.RULE,
 )

@@ -42,7 +42,7 @@ from collections.abc import Iterator
 from batchnorm.doctor.checkpoint import ROLES, Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
-from batchnorm.doctor.rules.values import called, gamma_of, listed, span
+from batchnorm.doctor.rules.values import called, gamma_of, listed, span, together
 
 REMEDIES = {
     "torch": "Save model.state_dict() again where the model was trained",
@@ -53,13 +53,13 @@ REMEDIES = {
 
 def check(subject: Subject) -> Iterator[Finding]:
     """One finding for each layer."""
-    lost = {layer.path: missing(layer) for layer in subject.layers}
-    none_has = all(lost.values())
-    for layer in subject.layers:
-        if roles := lost[layer.path]:
-            severity = Severity.ERROR if layer.sure or none_has else Severity.WARNING
-            confidence = "certain" if layer.sure else "likely" if none_has else "possible"
-            yield finding(layer, roles, severity, confidence)
+    for layers in together(subject):
+        none_has = all(missing(layer) for layer in layers)
+        for layer in layers:
+            if roles := missing(layer):
+                severity = Severity.ERROR if layer.sure or none_has else Severity.WARNING
+                confidence = "certain" if layer.sure else "likely" if none_has else "possible"
+                yield finding(layer, roles, severity, confidence)
 
 
 def missing(layer: Layer) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from batchnorm.doctor.checkpoint import STATISTICS, Layer
+from batchnorm.doctor.rule import Subject
 
 # what a layer has unless it was told otherwise
 DEFAULT_EPS = {"torch": 1e-5, "tensorflow": 1e-3, "keras": 1e-3}
@@ -97,3 +98,20 @@ def plain(value: float) -> float | None:
 def first_channels(mask: np.ndarray) -> list[int]:
     """For JSON: the indices of the first channels of a mask."""
     return np.flatnonzero(mask)[:LISTED].tolist()
+
+
+def together(subject: Subject) -> list[list[Layer]]:
+    """Layers that were trained together, as far as the file tells: those of one state dict, such as a model beside
+    its moving average.
+    """
+    paths = subject.checkpoint.facts.get("state_dicts", []) if subject.checkpoint is not None else []
+    groups: dict[str, list[Layer]] = {}
+    for layer in subject.layers:
+        inside = [path for path in paths if path and layer.path.startswith(f"{path}.")]
+        groups.setdefault(max(inside, key=len, default=""), []).append(layer)
+    return list(groups.values())
+
+
+def are_initial(mean: np.ndarray, var: np.ndarray) -> bool:
+    """Whether these are the statistics of a new layer, to the last bit."""
+    return bool((mean == 0).all() and (var == 1).all())
