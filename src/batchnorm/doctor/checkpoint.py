@@ -29,7 +29,9 @@ class StoredTensor:
 
     def values(self) -> np.ndarray:
         """In float64."""
-        return self.load().astype(np.float64)
+        # NumPy warns of a signaling NaN, which damaged files have
+        with np.errstate(invalid="ignore"):
+            return self.load().astype(np.float64)
 
 
 @dataclass(frozen=True)
