@@ -12,12 +12,12 @@ import batchnorm
 from batchnorm.benchmarks.correctness import another_function
 from batchnorm.benchmarks.peers import OURS, TORCH, WITHOUT, PeerUnavailableError
 from batchnorm.benchmarks.run import Record, as_microseconds
-from batchnorm.benchmarks.steps import BATCH, SIZE, resnet18, training_step
+from batchnorm.benchmarks.steps import SIZE, resnet18, training_step
 from batchnorm.benchmarks.timing import time_in_turn, watch_others
 
 SUITE = "statistics"
 RECALIBRATION, DEFERRAL, FOLDING = "recalibrate", "deferred_stats", "fold"
-BATCHES = 3
+BATCHES, BATCH = 2, 8
 
 Calls = dict[str, Callable[[], Any]]
 
