@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from batchnorm import errors, functional, insight, nn, reference, statistics, surgery
     from batchnorm.doctor.examine import examine
+    from batchnorm.doctor.repair import repair
     from batchnorm.environment import describe_environment
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
@@ -50,6 +51,7 @@ __all__ = [
     "normalize_by",
     "recalibrate",
     "reference",
+    "repair",
     "reset_running_stats",
     "revert",
     "statistics",
@@ -74,6 +76,7 @@ HOME = {
     "merge_running_stats": "batchnorm.statistics",
     "normalize_by": "batchnorm.statistics",
     "recalibrate": "batchnorm.statistics",
+    "repair": "batchnorm.doctor.repair",
     "reset_running_stats": "batchnorm.statistics",
     "revert": "batchnorm.surgery",
     "synchronize_running_stats": "batchnorm.statistics",

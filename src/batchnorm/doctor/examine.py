@@ -94,6 +94,11 @@ def examine(
     if loader is not None and iter(loader) is loader:
         raise ValueError("the loader can be iterated only once, but rules iterate it several times: pass a list")
     subject.loader, subject.optimizer, subject.call = loader, optimizer, call
+    return examine_subject(subject, rules)
+
+
+def examine_subject(subject: Subject, rules: Iterable[Rule]) -> Examination:
+    """What these rules find."""
     findings: list[Finding] = []
     not_run = []
     for rule in rules:

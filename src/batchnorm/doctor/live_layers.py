@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from batchnorm.doctor.checkpoint import ROLES, STATISTICS, Layer, StoredTensor
+from batchnorm.doctor.checkpoint import ROLES, STATISTICS, Checkpoint, Layer, StoredTensor
 from batchnorm.doctor.read.table import Table
 
 VECTORS = ("weight", "bias", *STATISTICS)
@@ -98,7 +98,14 @@ def layers_of_state(state: Mapping[str, Any]) -> list[Layer]:
         >>> [layer.path for layer in layers_of_state({"epoch": 3, "model": nn.BatchNorm1d(2).state_dict()})]
         ['model']
     """
+    return read_state(state).layers
+
+
+def read_state(state: Mapping[str, Any]) -> Checkpoint:
+    """The normal form of a state dict in memory."""
     table = Table("state dict")
+    if any(isinstance(value, Mapping) for value in state.values()):
+        table.facts["state_dicts"] = [key for key, value in state.items() if isinstance(value, Mapping)]
     for name, value in named_tensors(state, ""):
         if isinstance(value, Tensor):
             table.add(stored(name, value), "is on the meta device and has no values" if value.is_meta else "")
@@ -107,7 +114,12 @@ def layers_of_state(state: Mapping[str, Any]) -> list[Layer]:
     for path, entry in getattr(state, "_metadata", {}).items():
         if isinstance(entry, Mapping) and isinstance(entry.get("version"), int):
             table.versions[path] = entry["version"]
-    return table.checkpoint("state dict").layers
+    return table.checkpoint("state dict")
+
+
+def tensors_of(model: nn.Module) -> dict[str, StoredTensor]:
+    """What the state dict of a model has, apart from extra state."""
+    return {name: stored(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def named_tensors(state: Mapping[str, Any], path: str) -> Iterator[tuple[str, Tensor | np.ndarray]]:
