@@ -123,7 +123,8 @@ def foreign_names(names: list[str]) -> Finding:
         f"{len(names)} tensors have TensorFlow's names, moving_mean and moving_variance, which torch's layers do not "
         "load: with strict=False they evaluate with mean 0 and variance 1.",
         measured={"tensors": len(names)},
-        remedy="For torch, rename them: gamma is weight, beta bias, moving_mean running_mean, moving_variance running_var.",
+        remedy="For torch, rename moving_mean and moving_variance to running_mean and running_var, gamma and beta to "
+        "weight and bias.",
         confidence="likely",
     )
 
