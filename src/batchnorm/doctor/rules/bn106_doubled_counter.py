@@ -63,14 +63,14 @@ def doubled(layers: Sequence[Layer]) -> dict[str, tuple[float, float]]:
     found = {}
     for path, count in counts.items():
         place = int(np.searchsorted(singles, count / RATIO))
-        near = [single for single in singles[max(0, place - 1) : place + 1] if is_double(count, single)]
+        near = [single for single in singles[max(0, place - 1) : place + 1].tolist() if is_double(count, single)]
         if near:
-            found[path] = (count, float(min(near, key=lambda single: abs(count - RATIO * single))))
+            found[path] = (count, min(near, key=lambda single: abs(count / RATIO - single)))
     return found
 
 
 def is_double(count: float, single: float) -> bool:
-    return abs(count - RATIO * single) <= TOLERANCE * RATIO * single
+    return abs(count / RATIO - single) <= TOLERANCE * single
 
 
 def finding(layer: Layer, count: float, single: float) -> Finding:

@@ -56,7 +56,7 @@ from batchnorm.doctor.rules.values import are_initial, counter_of, plain, statis
 
 MOMENTUM, NEAR_CERTAIN = 0.5, 0.9
 THEIR_EPS, OUR_EPS = 1e-3, 1e-5
-THEIR_NAMES = re.compile(r"(^|[./_])moving_(mean|variance)(:0)?$")
+THEIR_NAMES = re.compile(r"(^|[./])moving_(mean|variance)(:0)?$")
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -105,8 +105,7 @@ def put_there(layer: Layer) -> Iterator[Finding]:
         Severity.INFO,
         layer.path,
         f"eps is {THEIR_EPS:g}, as in TensorFlow and Keras, and no batch was counted: the statistics come from "
-        "elsewhere. "
-        f"Built with torch's eps of {OUR_EPS:g}, this layer would multiply channels by up to {factor:.3g} too much.",
+        f"elsewhere. Built with torch's eps of {OUR_EPS:g}, channels would come out up to {factor:.4g} times as large.",
         measured={"eps": plain(layer.eps or 0.0), "least_variance": plain(float(var.min())), "factor": plain(factor)},
         threshold={"eps": THEIR_EPS},
         remedy=f"Keep eps={THEIR_EPS:g} when the model is built; momentum 0.99 of Keras is 0.01 in torch.",

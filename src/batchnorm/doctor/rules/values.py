@@ -86,6 +86,8 @@ def span(values: np.ndarray) -> str:
         >>> span(np.array([2.0, 0.51234])), span(np.ones(3))
         ('0.512 to 2', '1')
     """
+    if not values.size:
+        return "no values"
     least, greatest = (f"{value:.3g}" for value in (values.min(), values.max()))
     return least if least == greatest else f"{least} to {greatest}"
 
