@@ -29,7 +29,9 @@ class StoredTensor:
 
     def values(self) -> np.ndarray:
         """In float64."""
-        return self.load().astype(np.float64)
+        # signalling NaN are "invalid" to the processor: they are values of a file like others
+        with np.errstate(invalid="ignore"):
+            return self.load().astype(np.float64)
 
 
 @dataclass(frozen=True)
