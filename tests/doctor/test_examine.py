@@ -15,10 +15,11 @@ from batchnorm.doctor.catalogue import RULES
 from batchnorm.doctor.checkpoint import ROLES
 from batchnorm.doctor.examine import NotRun, examine
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.live_layers import layers_of_state, live_layers
+from batchnorm.doctor.live_layers import live_layers, read_state
 from batchnorm.doctor.read.open import read
 from batchnorm.doctor.rule import Needs, Rule, Subject
 from commands import run_command
+from doctor.corpus import FAULTS, HEALTHY
 from every_layer import KINDS, Kind
 
 
@@ -240,11 +241,22 @@ class TestLiveLayers:
 class TestStateDicts:
     def test_arrays_and_inner_state_dicts_are_read(self):
         state = {name: value.numpy() for name, value in nn.BatchNorm1d(2).state_dict().items()}
-        layers = layers_of_state({"ema": OrderedDict(state), "model": {"bn": state}, "epoch": 3, "names": ["a"]})
-        assert [layer.path for layer in layers] == ["ema", "model.bn"]
+        given = {"ema": OrderedDict(state), "model": {"bn": state}, "epoch": 3, "names": ["a"]}
+        assert [layer.path for layer in read_state(given).layers] == ["ema", "model.bn"]
 
     def test_what_has_no_values_is_left_out(self):
-        assert layers_of_state(nn.BatchNorm1d(2, device="meta").state_dict()) == []
+        assert read_state(nn.BatchNorm1d(2, device="meta").state_dict()).layers == []
+        sparse = torch.ones(2).to_sparse()
+        assert read_state({"running_mean": sparse, "running_var": sparse}).layers == []
+
+    @pytest.mark.parametrize("fault", ["moving average of the parameters", "no counters, against the metadata"])
+    def test_findings_are_those_of_the_file(self, fault: str, tmp_path: Path):
+        state, path = {"epoch": {"state": FAULTS[fault].make()}}, tmp_path / "model.pth"
+        torch.save(state, path)
+        assert examine(state).findings == examine(path).findings != []
+
+    def test_a_model_and_its_average_are_no_peers(self):
+        assert examine(HEALTHY["model and moving average"].make()).findings == []
 
     def test_nothing_is_nothing(self):
         assert examine({}).findings == []

@@ -19,10 +19,10 @@ constant, such as one-hot features, weights that are very small everywhere, trai
 The limit of 100 comes from ten networks of three libraries: ResNet (two kinds), RegNet, MobileNet V1 and V2 and
 EfficientNet of transformers, EfficientNet-B0 of efficientnet_pytorch, DenseNet-121, U-Net and ResNet-18 of MONAI. They
 had random weights, as published ones could not be fetched where this was measured, and were trained on MNIST for 150
-steps, by SGD and by AdamW (`tests/doctor/thresholds.py`). In the 14 runs with an accuracy above 0.3 the largest factor was
-22.4 with eps 1e-5 and 31.8 with eps 1e-3; MobileNet V1, which diverged under SGD, had 49,000. A variance of 0 with
+steps, by SGD and by AdamW (`tests/doctor/thresholds.py`). In the 14 runs with an accuracy above 0.3 the largest factor
+was 22.4 with eps 1e-5 and 31.8 with eps 1e-3; MobileNet V1, which diverged under SGD, had 49,000. A variance of 0 with
 weight 1 and eps 1e-5 gives 316; with eps 1e-3 it gives 31.6 and is not reported. Where eps is unknown, as in a state
-dict, the default of the framework is assumed.
+dict, the default of the framework is assumed, and the confidence is "likely".
 
 ## Remedy
 None to apply. See whether the channel is needed: if its input is constant it can be removed, with its bias moved into

@@ -20,8 +20,8 @@ values before rounding are not in the file.
 such a file.
 
 ## Evidence
-No threshold. The bounds are those of rounding to nearest; a test rounds statistics of trained networks and compares
-the outputs.
+No threshold. The bounds are those of rounding to nearest; a test rounds statistics and compares what
+torch computes with them.
 
 ## Remedy
 Convert the statistics to float32: safe, since every value stays what it is. That stops further loss; digits that are

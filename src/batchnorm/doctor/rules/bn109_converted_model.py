@@ -54,6 +54,7 @@ from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
 from batchnorm.doctor.rules.values import are_initial, counter_of, plain, statistics_of
 
+OURS = ("torch", "safetensors", "state dict")
 MOMENTUM, NEAR_CERTAIN = 0.5, 0.9
 THEIR_EPS, OUR_EPS = 1e-3, 1e-5
 THEIR_NAMES = re.compile(r"(^|[./])moving_(mean|variance)(:0)?$")
@@ -67,7 +68,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         if layer.framework == "torch" and layer.eps is not None and abs(layer.eps / THEIR_EPS - 1) < 1e-3:
             yield from put_there(layer)
     checkpoint = subject.checkpoint
-    if checkpoint is not None and checkpoint.format in ("torch", "safetensors"):
+    if checkpoint is not None and checkpoint.format in OURS:
         names = [name for name in checkpoint.tensors if THEIR_NAMES.search(name)]
         if names:
             yield foreign_names(names)
