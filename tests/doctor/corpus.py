@@ -1,8 +1,8 @@
 """Checkpoints with faults that are known, and healthy ones: what rules are measured on.
 
-``FAULTS``, ``HEALTHY`` and ``FALSE_POSITIVES`` map a name to a :class:`Case`; ``write`` puts its contents into a file as users would. Faults
-are made the way they arise, where that takes no more than a few lines: by training with an infinite input, under
-activation checkpointing, by ``half()``.
+``FAULTS``, ``HEALTHY`` and ``FALSE_POSITIVES`` map a name to a :class:`Case`; ``write`` puts its contents into a file
+as users would. Faults are made the way they arise, where that takes no more than a few lines: by training with an
+infinite input, under activation checkpointing, by ``half()``.
 """
 
 import copy
