@@ -68,11 +68,11 @@ class Layer:
 
 @dataclass
 class Checkpoint:
-    """A file that was read.
+    """A file that was read, or a state dict in memory.
 
     Attributes:
-        source: the path, as it was given.
-        format: "torch", "safetensors", "tensorflow", "saved_model", "keras" or "keras weights".
+        source: the path, as it was given, or "state dict".
+        format: "torch", "safetensors", "tensorflow", "saved_model", "keras", "keras weights" or "state dict".
         tensors: all, by name, in the order of the file.
         layers: BN layers, in the order of the file.
         faults: what is wrong with the container itself, by kind: see the rules BN001 to BN005.
