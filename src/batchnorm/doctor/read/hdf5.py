@@ -23,7 +23,7 @@ from batchnorm.errors import MissingExtraError
 
 # addresses; of them Python, NumPy and h5py take about 0.3 GB. What is asked for comes on top
 CHILD_MEMORY = 2 << 30
-CHILD_SECONDS = 20
+CHILD_SECONDS = 10
 # a machine with much to do
 PATIENCE = 90
 LARGEST_TENSOR = 1 << 31

@@ -32,7 +32,9 @@ def limit(memory: int, seconds: int) -> None:
             number = getattr(resource, f"RLIMIT_{kind}")
             _, hard = resource.getrlimit(number)
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(number, (most, most))
+            # macOS knows RLIMIT_AS and refuses to set it
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(number, (most, most))
 
 
 class Part(io.RawIOBase):

@@ -71,8 +71,15 @@ def write_tensorflow(source: str | Path, prefix: str | Path, tensors: Mapping[st
         OSError: the disk is full or the folder cannot be written; then nothing is left behind.
 
     Example:
-        >>> write_tensorflow("model.ckpt-5", "fixed/model.ckpt-5", {"bn/moving_mean": mean})  # doctest: +SKIP
-        [PosixPath('fixed/model.ckpt-5.data-00000-of-00001'), PosixPath('fixed/model.ckpt-5.index')]
+        >>> from batchnorm.doctor.read.tensorflow import read_tensorflow
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "old.index").write_bytes(write_table([(b"", b"\\x08\\x01")]))
+        >>> (folder / "old.data-00000-of-00001").touch()
+        >>> paths = write_tensorflow(folder / "old", folder / "new", {"bn/moving_mean": np.zeros(3, "f4")})
+        >>> [path.name for path in paths]
+        ['new.data-00000-of-00001', 'new.index']
+        >>> [(layer.path, layer.num_features) for layer in read_tensorflow(folder / "new").layers]
+        [('bn', 3)]
     """
     bundle = read_bundle(find_prefix(Path(source)))
     parts = {key: copied(bundle, key, entry) for key, entry in bundle.entries.items()}
