@@ -135,94 +135,111 @@ def many(operations: bytes, count: int) -> bytes:
 
 
 ONE = tensor("0", 1, [1], [1])
-HOSTILE_PICKLES = {
-    "value shared a billion times": state_dict(a=laughs(64), b=ONE),
-    "key shared a billion times": b"\x80\x02}" + laughs(64) + b"Ns.",
-    "list shared a billion times": b"\x80\x04](" + b"]\x94(h\x00h\x00e" * 1 + b"e.",
-    "list that holds itself": b"\x80\x04]\x94h\x00a.",
-    "dict that holds itself": b"\x80\x04}\x94" + text("a") + b"h\x00s.",
-    "deep tuples": b"\x80\x02)" + b"\x85" * 500_000 + b".",
-    "deep lists": b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
-    "deep dicts": b"\x80\x02" + (b"}" + text("k" * 20)) * 50_000 + ONE + b"s" * 50_000 + b".",
-    "objects of objects": b"\x80\x02" + b"cx\ny\n" * 100_000 + b")" + b"R\x85" * 100_000 + b".",
-    "many lists": many(b"]", 3_000_000),
-    "many dicts of one": many(b"}NNs", 1_000_000),
-    "many marks": many(b"(", 3_000_000),
-    "many memos": many(b"N\x94", 3_000_000),
-    "many globals": b"\x80\x02" + b"".join(b"cm\nn%d\n0" % i for i in range(300_000)) + b"N.",
-    "memo at a huge place": b"\x80\x02Nr\xff\xff\xff\xff.",
-    "string of 4 GB": b"\x80\x02X\xff\xff\xff\xffab.",
-    "bytes of 2^63": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f" + b".",
-    "integer of megabits": b"\x80\x02\x8b" + struct.pack("<i", 1_000_000) + b"\x7f" * 1_000_000 + b".",
-    "integer of many digits": b"\x80\x02L" + b"9" * 4000 + b"L\n.",
-    "wide string": b"\x80\x02" + text("\U0001f600" + "a" * 20_000_000) + b".",
-    "many tensors of one": b"\x80\x04}("
-    + text("t")
-    + ONE
-    + b"\x94u}("
-    + b"".join(text(str(i)) + b"h\x00" for i in range(150_000))
-    + b"u.",
-    "tensors under a long name": b"\x80\x04"
-    + (b"}" + text("n" * 1000))
-    + ONE
-    + b"\x94\x85"
-    + b"0]("
-    + b"h\x00" * 500_000
-    + b"es.",
-    "one dict of metadata for many": b"\x80\x04}"
-    + text("_metadata")
-    + b"}("
-    + b"".join(text(str(i)) + b"}" for i in range(1000))
-    + b"us\x94("
-    + b"ccollections\nOrderedDict\n)Rh\x00b" * 50_000
-    + b"l.",
-    "one state for many objects": b"\x80\x04}("
-    + b"".join(text(str(i)) + b"]" for i in range(1000))
-    + b"u\x94("
-    + b"cm\nC\n)\x81h\x00b" * 50_000
-    + b"l.",
-    "one list of pairs for many": b"\x80\x04]("
-    + b"NN\x86" * 1000
-    + b"e\x85\x94("
-    + b"ccollections\nOrderedDict\nh\x00R" * 50_000
-    + b"l.",
-    "one long name for many": b"\x80\x04" + text("k" * 8_000_000) + b"\x94](" + (b"}h\x00" + b"]s") * 200_000 + b"e.",
-    "one long global for many": b"\x80\x04" + text("k" * 8_000_000) + b"\x94](" + b"h\x00h\x00\x93" * 200_000 + b"e.",
-    "one long identity for many": b"\x80\x04(" + b"N" * 500_000 + b"t\x94](" + b"h\x00Q" * 200_000 + b"e.",
-    "one long call for many": b"\x80\x04("
-    + b"N" * 500_000
-    + b"t\x94]("
-    + b"ctorch._utils\n_rebuild_parameter\nh\x00R" * 200_000
-    + b"e.",
-    "stack that is empty": b"\x80\x02\x86.",
-    "mark that is missing": b"\x80\x02Nt.",
-    "no end": b"\x80\x02N",
-    "shape of wrong type": state_dict(a=tensor("0", 4, [4], [1]).replace(b"tt", b"tN", 1)),
-    "stride beyond everything": state_dict(a=tensor("0", 4, [2, 2**62], [2**62, 2**62])),
-    "negative size": state_dict(a=tensor("0", 4, [-4], [1])),
-    "offset beyond everything": state_dict(a=tensor("0", 4, [1], [1], offset=2**62)),
-    "a thousand dimensions": state_dict(a=tensor("0", 4, [1] * 1000, [1] * 1000)),
-    "storage of no type": state_dict(a=tensor("0", 4, [4], [1], kind="NoStorage")),
-}
-EXAMINE = """
-import resource, sys, time
+
+
+def hostile_pickles() -> dict[str, bytes]:
+    """What asks for more than its size, or for what is not there."""
+    return {
+        "value shared a billion times": state_dict(a=laughs(64), b=ONE),
+        "key shared a billion times": b"\x80\x02}" + laughs(64) + b"Ns.",
+        "list shared a billion times": b"\x80\x04](" + b"]\x94(h\x00h\x00e" * 1 + b"e.",
+        "list that holds itself": b"\x80\x04]\x94h\x00a.",
+        "dict that holds itself": b"\x80\x04}\x94" + text("a") + b"h\x00s.",
+        "deep tuples": b"\x80\x02)" + b"\x85" * 200_000 + b".",
+        "deep lists": b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
+        "deep dicts": b"\x80\x02" + (b"}" + text("k" * 20)) * 20_000 + ONE + b"s" * 20_000 + b".",
+        "objects of objects": b"\x80\x02" + b"cx\ny\n" * 30_000 + b")" + b"R\x85" * 30_000 + b".",
+        "many lists": many(b"]", 1_500_000),
+        "many dicts of one": many(b"}NNs", 100_000),
+        "many marks": many(b"(", 300_000),
+        "many memos": many(b"N\x94", 300_000),
+        "many globals": b"\x80\x02" + b"".join(b"cm\nn%d\n0" % i for i in range(30_000)) + b"N.",
+        "memo at a huge place": b"\x80\x02Nr\xff\xff\xff\xff.",
+        "string of 4 GB": b"\x80\x02X\xff\xff\xff\xffab.",
+        "bytes of 2^63": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f" + b".",
+        "integer of megabits": b"\x80\x02\x8b" + struct.pack("<i", 1_000_000) + b"\x7f" * 1_000_000 + b".",
+        "integer of many digits": b"\x80\x02L" + b"9" * 4000 + b"L\n.",
+        "wide string": b"\x80\x02" + text("\U0001f600" + "a" * 20_000_000) + b".",
+        "many tensors of one": b"\x80\x04}("
+        + text("t")
+        + ONE
+        + b"\x94u}("
+        + b"".join(text(str(i)) + b"h\x00" for i in range(110_000))
+        + b"u.",
+        "tensors under a long name": b"\x80\x04"
+        + (b"}" + text("n" * 1000))
+        + ONE
+        + b"\x94\x85"
+        + b"0]("
+        + b"h\x00" * 200_000
+        + b"es.",
+        "one dict of metadata for many": b"\x80\x04}"
+        + text("_metadata")
+        + b"}("
+        + b"".join(text(str(i)) + b"}" for i in range(1000))
+        + b"us\x94("
+        + b"ccollections\nOrderedDict\n)Rh\x00b" * 10_000
+        + b"l.",
+        "one state for many objects": b"\x80\x04}("
+        + b"".join(text(str(i)) + b"]" for i in range(1000))
+        + b"u\x94("
+        + b"cm\nC\n)\x81h\x00b" * 10_000
+        + b"l.",
+        "one list of pairs for many": b"\x80\x04]("
+        + b"NN\x86" * 1000
+        + b"e\x85\x94("
+        + b"ccollections\nOrderedDict\nh\x00R" * 10_000
+        + b"l.",
+        "one long name for many": b"\x80\x04"
+        + text("k" * 8_000_000)
+        + b"\x94]("
+        + (b"}h\x00" + b"]s") * 20_000
+        + b"e.",
+        "one long global for many": b"\x80\x04"
+        + text("k" * 8_000_000)
+        + b"\x94]("
+        + b"h\x00h\x00\x93" * 200_000
+        + b"e.",
+        "one long identity for many": b"\x80\x04(" + b"N" * 500_000 + b"t\x94](" + b"h\x00Q" * 20_000 + b"e.",
+        "one long call for many": b"\x80\x04("
+        + b"N" * 500_000
+        + b"t\x94]("
+        + b"ctorch._utils\n_rebuild_parameter\nh\x00R" * 20_000
+        + b"e.",
+        "stack that is empty": b"\x80\x02\x86.",
+        "mark that is missing": b"\x80\x02Nt.",
+        "no end": b"\x80\x02N",
+        "shape of wrong type": state_dict(a=tensor("0", 4, [4], [1]).replace(b"tt", b"tN", 1)),
+        "stride beyond everything": state_dict(a=tensor("0", 4, [2, 2**62], [2**62, 2**62])),
+        "negative size": state_dict(a=tensor("0", 4, [-4], [1])),
+        "offset beyond everything": state_dict(a=tensor("0", 4, [1], [1], offset=2**62)),
+        "a thousand dimensions": state_dict(a=tensor("0", 4, [1] * 1000, [1] * 1000)),
+        "storage of no type": state_dict(a=tensor("0", 4, [4], [1], kind="NoStorage")),
+    }
+
+
+# of one core: the slowest takes 1.5 s, by what one pickle may ask for
+SLOWEST = 4
+EXAMINE = r"""
+import re, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from batchnorm.doctor.read.open import read
 from batchnorm.errors import DataError
 for name in sys.argv[2:]:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         read(name)
     except DataError as error:
         assert chr(10) not in str(error)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{time.perf_counter() - start:.2f} {peak:.0f} {Path(name).name}")
+    # of this process: ru_maxrss begins with that of its parent
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    print(f"{time.process_time() - start:.2f} {peak:.0f} {Path(name).name}")
 """
 
 
 def measured(paths: list[Path]) -> list[tuple[float, float, str]]:
-    """Seconds for each file, and the peak of memory so far in MB, in a process of its own."""
+    """Seconds of one core for each file, and the peak of memory so far in MB, in a process of its own."""
     command = [sys.executable, "-c", EXAMINE, str(Path(__file__).parents[2] / "src"), *map(str, paths)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -232,22 +249,23 @@ def measured(paths: list[Path]) -> list[tuple[float, float, str]]:
 
 def hostile_files(folder: Path) -> list[Path]:
     paths = [
-        torch_file(folder / name, pickle, ("archive/data/0", bytes(16))) for name, pickle in HOSTILE_PICKLES.items()
+        torch_file(folder / name, pickle, ("archive/data/0", bytes(16))) for name, pickle in hostile_pickles().items()
     ]
     brackets = b'{"a":[' + b"[]," * 330_000 + b"0]}"
     paths.append(write_safetensors(folder / "header of lists", brackets))
     numbers = b'{"a":[' + b"9999999," * 900_000 + b"0]}"
     paths.append(write_safetensors(folder / "header of numbers", numbers))
-    names = {str(i): entry("U8", [0], 0, 0) for i in range(90_000)}
+    names = {str(i): entry("U8", [0], 0, 0) for i in range(20_000)}
     paths.append(write_safetensors(folder / "header of tensors", names))
     return paths
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_hostile_files_take_neither_time_nor_memory(tmp_path):
-    rows = measured(hostile_files(tmp_path))
-    assert len(rows) == len(HOSTILE_PICKLES) + 3
-    assert [row for row in rows if row[0] > 6] == []
+    paths = hostile_files(tmp_path)
+    rows = measured(paths)
+    assert len(rows) == len(paths)
+    assert [row for row in rows if row[0] > SLOWEST] == []
     assert rows[-1][1] < 300
 
 
@@ -277,7 +295,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from batchnorm.doctor.read.open import read
 from batchnorm.errors import DataError
-QUIET = {"os.listdir", "os.scandir", "object.__getattr__", "sys._getframe"}
+QUIET = {"builtins.id", "os.listdir", "os.scandir", "object.__getattr__", "sys._getframe"}
 events = []
 def hook(event, arguments):
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) <= set("rb"):

@@ -72,6 +72,15 @@ def test_values_of_every_type_are_those_of_torch_load(tmp_path, save):
     assert_same(read(tmp_path / "file"), tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_signalling_nan_is_a_value_and_no_warning(tmp_path, dtype):
+    size = torch.empty((), dtype=dtype).element_size()
+    codes = {2: [0x7C01, 0x7F81], 4: [0x7F800001, 0x7FA00000]}[size]
+    value = torch.tensor(codes, dtype={2: torch.int16, 4: torch.int32}[size]).view(dtype)
+    torch.save({"a": value}, tmp_path / "file")
+    assert read(tmp_path / "file").tensors["a"].values().shape == (2,)
+
+
 @pytest.mark.parametrize("save", SAVES)
 def test_views_and_tied_tensors_are_read_at_their_place(tmp_path, save):
     base = torch.arange(60.0).reshape(3, 4, 5)

@@ -13,7 +13,7 @@ from batchnorm.doctor.read.source import shown
 
 # An operation keeps up to about 100 bytes. A state dict of 10,000 tensors takes 30 MB by this measure.
 OPERATION_BYTES = 100
-MOST_BYTES = 200 << 20
+MOST_BYTES = 128 << 20
 # 20 times what any counter or size needs; larger ones cost time that grows with their square
 LONGEST_INTEGER = 1024
 # bounds the cost of looking at a name, which may be there once and be meant a million times

@@ -11,8 +11,8 @@ from batchnorm.errors import DataError
 
 # state dicts of optimizers of checkpoints of trainers lie 5 deep; modules nest up to 20 deep
 DEEPEST = 64
-# values that are looked at, about a second's worth, and characters that are kept of paths
-MOST_STEPS, MOST_CHARACTERS = 3_000_000, 20_000_000
+# values that are looked at, ten for each of the most tensors, and characters that are kept of paths
+MOST_STEPS, MOST_CHARACTERS = 1_000_000, 20_000_000
 MOST_STATE_DICTS = 100
 END = object()
 

@@ -50,6 +50,8 @@ REMEDIES = {
     "keras": "Save the whole model again where it was trained",
 }
 
+NEW = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
+
 
 def check(subject: Subject) -> Iterator[Finding]:
     """One finding for each layer."""
@@ -89,7 +91,8 @@ def finding(layer: Layer, roles: list[str], severity: Severity, confidence: str)
 
 def consequence(layer: Layer, roles: list[str]) -> str:
     if not {"running_mean", "running_var"} <= {*roles} or not layer.has("weight"):
-        return "What is not loaded keeps the value of a new layer (mean 0, variance 1, weight 1, bias 0)."
+        kept = listed(f"{called(layer, role)} {NEW[role]}" for role in roles)
+        return f"Loaded leniently, the layer keeps what a new one has: {kept}."
     return (
         f"Loaded without them, it evaluates with mean 0 and variance 1: it does not normalize, but multiplies "
         f"its raw input by {called(layer, 'weight')} ({span(gamma_of(layer))})."

@@ -133,8 +133,11 @@ def judge(layer: Layer, trained: bool, counter: float | None) -> tuple[Severity,
 
 def consequence(spreads: np.ndarray, eps: float) -> str:
     if not spreads.size:
-        return "Evaluation does not normalize here: outputs are as many times too large as their inputs' spread."
-    factors = spreads / np.sqrt(1 + eps)
+        return (
+            "Evaluation does not normalize here: a channel whose inputs have standard deviation s comes out s times as "
+            "large as in training."
+        )
+    factors = np.sqrt((spreads**2 + eps) / (1 + eps))
     return (
         f"Evaluation does not normalize here: if its inputs spread like those of the {spreads.size} other layers, "
         f"outputs are {np.median(factors):.3g} times as large as in training ({span(factors)} over these layers)."

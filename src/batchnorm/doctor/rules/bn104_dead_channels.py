@@ -13,15 +13,17 @@ dead, much of the network's width is unused. Folding and quantization that divid
   as the identity. After training it should not be 0 any more.
 
 ## Evidence
-Weights of trained channels are of the order of 1. In the networks that BN103 describes, the smallest weight that
-training left was {smallest}, and none lay below the limit of 1e-5. A normalized input has standard deviation 1, so a
-weight of 1e-5 lets through 1e-5, less than what float16 and bfloat16 resolve beside a bias of 0.1.
+Weights of trained channels are of the order of 1. In the networks that BN103's page describes, the smallest weight of
+the 14 runs with an accuracy above 0.3 was 0.03. A normalized input has standard deviation 1, so a weight of 1e-5 lets
+through 1e-5, less than what float16 and bfloat16 resolve beside a bias of 0.1.
 
 ## Remedy
 None needed. Channels can be pruned, with their bias moved into the next layer.
 
 ## False positives
-Zero initialization in a model that is not trained yet: the message says so.
+Zero initialization in a model that is not trained yet: the message says so. Weights that start near 0: EfficientNet of
+transformers draws them from a normal distribution of standard deviation 0.02, and 1 or 2 of 6448 channels were below
+the limit by chance.
 
 ## References
 Goyal et al. 2017 (arXiv:1706.02677), section 5.1, on gamma = 0 in residual blocks; Liu et al. 2017

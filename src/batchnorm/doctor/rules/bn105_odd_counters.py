@@ -42,7 +42,7 @@ from batchnorm.doctor.checkpoint import STATISTICS, Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
 from batchnorm.doctor.rules.bn106_doubled_counter import doubled
-from batchnorm.doctor.rules.values import are_initial, counter_of, plain, statistics_of, together
+from batchnorm.doctor.rules.values import are_initial, counts_of, plain, statistics_of, together
 
 REMEDY = "Add num_batches_tracked, with the number of training steps if it is known; evaluation does not use it."
 REPLACED = "With momentum=None the first batch of further training replaces the statistics."
@@ -52,13 +52,13 @@ def check(subject: Subject) -> Iterator[Finding]:
     """One finding for each layer, or one for the file if it is the same in all of them."""
     for group in together(subject):
         layers = [layer for layer in group if layer.framework == "torch" and layer.has(*STATISTICS)]
-        counts = {layer.path: count for layer in layers if (count := counter_of(layer)) is not None}
+        counts = counts_of(layers)
         if subject.model is None:
             yield from absent([layer for layer in layers if layer.path not in counts], len(layers))
         yield from impossible(counts)
         yield from zero([layer for layer in layers if counts.get(layer.path) == 0], len(layers))
         twice = doubled(layers)
-        yield from unequal({path: count for path, count in counts.items() if count > 0 and path not in twice})
+        yield from unequal({path: count for path, count in counts.items() if is_count(count) and path not in twice})
 
 
 def absent(layers: Sequence[Layer], of: int) -> Iterator[Finding]:
@@ -95,20 +95,22 @@ def impossible(counts: dict[str, float]) -> Iterator[Finding]:
             yield note(path, Severity.INFO, message, {"num_batches_tracked": plain(count)}, safe=True)
 
 
+def is_count(count: float) -> bool:
+    return count > 0 and count % 1 == 0
+
+
 def unequal(counts: dict[str, float]) -> Iterator[Finding]:
     """Against the count that most layers have."""
-    finite = {path: count for path, count in counts.items() if math.isfinite(count)}
-    common = Counter(finite.values()).most_common(1)
-    if not common or len(set(finite.values())) == 1:
+    if len(set(counts.values())) < 2:
         return
-    usual, layers = common[0]
-    if 2 * layers <= len(finite):
-        least, most = min(finite.values()), max(finite.values())
-        message = f"Counters of {len(finite)} layers range from {least:,.0f} to {most:,.0f} without a usual one: "
+    usual, layers = Counter(counts.values()).most_common(1)[0]
+    if 2 * layers <= len(counts):
+        least, most = min(counts.values()), max(counts.values())
+        message = f"Counters of {len(counts)} layers range from {least:,.0f} to {most:,.0f} without a usual one: "
         measured = {"least": plain(least), "most": plain(most)}
         yield note("", Severity.INFO, f"{message}their statistics are of different batches.", measured)
         return
-    for path, count in finite.items():
+    for path, count in counts.items():
         if count != usual:
             message = f"{count:,.0f} batches were counted, in {layers} other layers {usual:,.0f}: {why(count, usual)}."
             measured = {"num_batches_tracked": plain(count), "of_most_layers": plain(usual)}

@@ -33,14 +33,14 @@ confidence "possible".
 pytorch/pytorch#96136, pytorch/pytorch#62471 (checkpointing), facebookresearch/fairscale#1035.
 """
 
+import math
+from bisect import bisect
 from collections.abc import Iterator, Sequence
-
-import numpy as np
 
 from batchnorm.doctor.checkpoint import Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
-from batchnorm.doctor.rules.values import counter_of, plain, together
+from batchnorm.doctor.rules.values import counts_of, plain, together
 
 RATIO, TOLERANCE = 2.0, 0.01
 # below it, small numbers are in the ratio of 2 by chance
@@ -58,19 +58,19 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 def doubled(layers: Sequence[Layer]) -> dict[str, tuple[float, float]]:
     """Path -> the counter, and that of the layers of which it is twice."""
-    counts = {layer.path: count for layer in layers if (count := counter_of(layer)) is not None}
-    singles = np.unique([count for count in counts.values() if LEAST <= count < np.inf])
+    counts = counts_of(layers)
+    singles = sorted({count for count in counts.values() if LEAST <= count < math.inf})
     found = {}
     for path, count in counts.items():
-        place = int(np.searchsorted(singles, count / RATIO))
+        place = bisect(singles, count / RATIO)
         near = [single for single in singles[max(0, place - 1) : place + 1] if is_double(count, single)]
         if near:
-            found[path] = (count, float(min(near, key=lambda single: abs(count - RATIO * single))))
+            found[path] = (count, min(near, key=lambda single: abs(count / RATIO - single)))
     return found
 
 
 def is_double(count: float, single: float) -> bool:
-    return abs(count - RATIO * single) <= TOLERANCE * RATIO * single
+    return abs(count / RATIO - single) <= TOLERANCE * single
 
 
 def finding(layer: Layer, count: float, single: float) -> Finding:

@@ -20,8 +20,8 @@ values before rounding are not in the file.
 such a file.
 
 ## Evidence
-No threshold. The bounds are those of rounding to nearest; a test rounds statistics of trained networks and compares
-the outputs.
+No threshold. The bounds are those of rounding to nearest; a test rounds statistics and compares what
+torch computes with them.
 
 ## Remedy
 Convert the statistics to float32: safe, since every value stays what it is. That stops further loss; digits that are
@@ -96,10 +96,9 @@ def consequences(layer: Layer) -> tuple[dict[str, float | int | None], str]:
         ratio = np.minimum(error(layer, "running_var", var) / np.maximum(var + eps, TINY), 0.5)
         scale = float((1 / np.sqrt(1 - ratio) - 1).max())
         measured |= {"largest_shift_in_std": plain(shift), "largest_change_of_scale": plain(scale)}
-        said = (
-            f" Rounding shifts outputs by up to {shift:.2g} standard deviations of their channel and scales them by up "
-            f"to {100 * scale:.2g}% ({eps_in_words(layer)})."
-        )
+        parts = [f"shifts outputs by up to {shift:.2g} standard deviations of their channel"] if shift else []
+        parts += [f"scales them by up to {100 * scale:.2g}%"] if scale else []
+        said = f" Rounding {listed(parts)} ({eps_in_words(layer)})."
     if infinite:
         said += f" {infinite} variances are infinite: too large for the type, and their channels are constant."
     if zero:

@@ -54,9 +54,10 @@ from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
 from batchnorm.doctor.rules.values import are_initial, counter_of, plain, statistics_of
 
+OURS = ("torch", "safetensors", "state dict")
 MOMENTUM, NEAR_CERTAIN = 0.5, 0.9
 THEIR_EPS, OUR_EPS = 1e-3, 1e-5
-THEIR_NAMES = re.compile(r"(^|[./_])moving_(mean|variance)(:0)?$")
+THEIR_NAMES = re.compile(r"(^|[./])moving_(mean|variance)(:0)?$")
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -67,7 +68,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         if layer.framework == "torch" and layer.eps is not None and abs(layer.eps / THEIR_EPS - 1) < 1e-3:
             yield from put_there(layer)
     checkpoint = subject.checkpoint
-    if checkpoint is not None and checkpoint.format in ("torch", "safetensors"):
+    if checkpoint is not None and checkpoint.format in OURS:
         names = [name for name in checkpoint.tensors if THEIR_NAMES.search(name)]
         if names:
             yield foreign_names(names)
@@ -105,8 +106,7 @@ def put_there(layer: Layer) -> Iterator[Finding]:
         Severity.INFO,
         layer.path,
         f"eps is {THEIR_EPS:g}, as in TensorFlow and Keras, and no batch was counted: the statistics come from "
-        "elsewhere. "
-        f"Built with torch's eps of {OUR_EPS:g}, this layer would multiply channels by up to {factor:.3g} too much.",
+        f"elsewhere. Built with torch's eps of {OUR_EPS:g}, channels would come out up to {factor:.4g} times as large.",
         measured={"eps": plain(layer.eps or 0.0), "least_variance": plain(float(var.min())), "factor": plain(factor)},
         threshold={"eps": THEIR_EPS},
         remedy=f"Keep eps={THEIR_EPS:g} when the model is built; momentum 0.99 of Keras is 0.01 in torch.",
@@ -123,7 +123,8 @@ def foreign_names(names: list[str]) -> Finding:
         f"{len(names)} tensors have TensorFlow's names, moving_mean and moving_variance, which torch's layers do not "
         "load: with strict=False they evaluate with mean 0 and variance 1.",
         measured={"tensors": len(names)},
-        remedy="For torch, rename them: gamma is weight, beta bias, moving_mean running_mean, moving_variance running_var.",
+        remedy="For torch, rename moving_mean and moving_variance to running_mean and running_var, gamma and beta to "
+        "weight and bias.",
         confidence="likely",
     )
 
