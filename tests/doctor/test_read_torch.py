@@ -314,7 +314,6 @@ def test_storage_of_another_size_is_noted(tmp_path):
         (b"\x01\x02\x03\x04\x05\x06\x07\x08\x09", "begins with the bytes 01 02 03"),
         (b'{"a": 1}', "weight_map"),
         (b'{"a": ', "no valid JSON"),
-        (b"GGUF\x03\x00\x00\x00", "GGUF"),
         (b"\x93NUMPY\x01\x00", "NumPy array"),
         (b"PK\x03\x04 and no more", "cut off after"),
         (b"\x80\x02}q\x00(X", "damaged before byte"),
