@@ -1,6 +1,8 @@
 """``json`` and ``sarif``: programs read them."""
 
 import json
+import re
+import unicodedata
 from typing import Any
 from urllib.parse import unquote
 
@@ -10,6 +12,7 @@ from batchnorm.doctor.examine import Examination
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.output import json as json_format
 from batchnorm.doctor.output import sarif
+from batchnorm.report.text import UNPRINTABLE
 from examinations import HOSTILE, finding, healthy, hostile, numbers, usual, whole_file
 
 EVERY = [usual, healthy, numbers, hostile]
@@ -144,6 +147,15 @@ def test_fingerprints_differ_between_findings_and_stay_from_run_to_run():
     graver = Examination("net.pt", [], [finding("BN107", "bn1", Severity.ERROR, message="other")], [])
     again = strict(sarif.render(graver))["runs"][0]["results"][0]["partialFingerprints"]["primaryLocationLineHash"]
     assert again == prints[15]
+
+
+def test_a_service_gets_no_character_that_does_not_print():
+    log = json.loads(sarif.render(hostile()))
+    texts = re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(log["runs"][0]["results"]))
+    assert all(unicodedata.category(c) not in UNPRINTABLE for text in texts for c in json.loads(text))
+    whole = json.loads(sarif.render(whole_file("\0")))["runs"][0]["results"][0]
+    assert "locations" in whole
+    assert "logicalLocations" not in whole["locations"][0]
 
 
 @pytest.mark.parametrize(
