@@ -139,7 +139,7 @@ def replaced(settings: "Settings", chosen: dict[str, Any]) -> "Settings":
     from batchnorm.cli.doctor_settings import codes
     from batchnorm.doctor.finding import Severity
 
-    said = {
+    said: dict[str, Any] = {
         name: codes([code for value in chosen[name] for code in value.split(",")], f"--{name}")
         for name in ("select", "ignore")
         if chosen[name]

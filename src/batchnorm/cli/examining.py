@@ -10,6 +10,7 @@ from typing import Any
 
 from batchnorm.doctor.examine import Examination, examine, in_order
 from batchnorm.errors import BatchNormError, DataError
+from batchnorm.report.text import clean
 
 CODE = re.compile(r"[\w.]+:[\w.]+|.+\.py:[\w.]+")
 
@@ -76,25 +77,41 @@ def loaded_model(path: Path, factory: str) -> Any:
 def examine_live(
     model: Any, factory: str, data: str | None, batch_size: int, select: Iterable[str], ignore: Iterable[str]
 ) -> Examination:
-    """A model, with progress; what it prints goes to standard error, and what it raises is one line."""
+    """A model; what it prints goes to standard error, and what it raises is one line."""
     from batchnorm.cli.inputs import open_inputs
-    from batchnorm.cli.progress import Progress
-    from batchnorm.cli.user_code import run_model
-
-    calls = 0
-
-    def call(model: Any, item: Any) -> Any:
-        nonlocal calls
-        output = run_model(model, item, factory)
-        calls += 1
-        progress.update("forward passes", calls)
-        return output
+    from batchnorm.cli.user_code import UserCodeError, place
 
     inputs = None if data is None else open_inputs(data, batch_size)
-    with Progress(None) as progress, contextlib.redirect_stdout(sys.stderr):
-        try:
-            return examine(model, inputs, call=call, select=select, ignore=ignore)
-        except BatchNormError:
+    if inputs is not None:
+        check_model(model, inputs, factory)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return examine(model, inputs, select=select, ignore=ignore)
+    except BatchNormError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{factory}: {clean(str(error))}") from error
+    except Exception as error:
+        # raised in the user's code; anything else is a fault of ours
+        if not place(error):
             raise
-        except ValueError as error:
-            raise DataError(f"{factory}: {error}") from error
+        raise UserCodeError(f"{factory}: {type(error).__name__}: {clean(str(error))}{place(error)}") from error
+
+
+def check_model(model: Any, inputs: Iterable[Any], factory: str) -> None:
+    """Call the model once, in evaluation, before rules do.
+
+    Raises:
+        DataError: there is no data.
+        UserCodeError: the model does not take them.
+    """
+    import torch
+
+    from batchnorm.cli.user_code import run_model
+    from batchnorm.statistics.measuring import evaluating
+
+    with torch.no_grad(), evaluating(model):
+        for item in inputs:
+            run_model(model, item, factory)
+            return
+    raise DataError(f"{factory}: the data has no batches")

@@ -24,6 +24,7 @@ def rule(code: str | None, everything: bool, output_format: str) -> None:
     """
     if (code is None) != everything:
         raise click.UsageError("Name one rule, as in batchnorm rule BN100, or list them with --all.")
+    from batchnorm.cli.doctor import terminal
     from batchnorm.cli.outputs import print_text
     from batchnorm.doctor.catalogue import RULES
     from batchnorm.doctor.pages import page
@@ -36,8 +37,8 @@ def rule(code: str | None, everything: bool, output_format: str) -> None:
         print_text(json.dumps({"schema_version": SCHEMA_VERSION, "rules": records}, indent=1) + "\n")
     elif everything:
         print_text(listing(chosen))
-    elif sys.stdout.isatty():
-        show_page(page(chosen[0]))
+    elif sys.stdout.isatty() and terminal()["color"]:
+        show_page(page(chosen[0]), terminal()["width"])
     else:
         print_text(page(chosen[0]))
 
@@ -75,12 +76,9 @@ def listing(rules: "list[Rule]") -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def show_page(text: str) -> None:
+def show_page(text: str, width: int) -> None:
     """On a terminal."""
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from batchnorm.cli.doctor import terminal
-
-    console = Console(width=terminal()["width"], no_color=not terminal()["color"])
-    console.print(Markdown(text))
+    Console(width=width).print(Markdown(text))

@@ -106,9 +106,24 @@ def not_run(rules: Iterable[NotRun]) -> str:
     for rule in rules:
         by_needs.setdefault(tuple(rule.needs), []).append(rule.code)
     return "; ".join(
-        f"{', '.join(codes)} {'needs' if len(codes) == 1 else 'need'} {asked(needs)}"
-        for needs, codes in by_needs.items()
+        f"{ranges(codes)} {'needs' if len(codes) == 1 else 'need'} {asked(needs)}" for needs, codes in by_needs.items()
     )
+
+
+def ranges(codes: Iterable[str]) -> str:
+    """Codes in rising order, where three in a row and more are a range.
+
+    Example:
+        >>> ranges(["BN001", "BN002", "BN003", "BN101", "BN102"])
+        'BN001 to BN003, BN101, BN102'
+    """
+    rows: list[list[str]] = []
+    for code in codes:
+        if rows and int(code[2:]) == int(rows[-1][-1][2:]) + 1:
+            rows[-1].append(code)
+        else:
+            rows.append([code])
+    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(row) for row in rows)
 
 
 def asked(needs: Iterable[str]) -> str:

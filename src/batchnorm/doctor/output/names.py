@@ -10,6 +10,8 @@ NAME_LIMIT = 100
 MESSAGE_LIMIT = 1000
 # so many names are listed one by one, and so many names or patterns in all
 FEW, MOST = 3, 5
+# GitHub's runner reads commands that begin with two colons, others two number signs; a colon of ours may follow
+COMMAND = re.compile(r":(?=:|\Z)|#(?=#)")
 NUMBER = re.compile(r"\d+")
 
 
@@ -25,15 +27,14 @@ def shown(text: str, limit: int = MESSAGE_LIMIT) -> str:
 
     Example:
         >>> shown("layer\\x1b[31m\\n::error::")
-        'layer\\\\x1b[31m\\\\n:\\\\x3aerror:\\\\x3a'
+        'layer\\\\x1b[31m\\\\n\\\\x3a:error\\\\x3a\\\\x3a'
         >>> shown("x" * 1000, limit=5)
         'xxxxx... (1,000 characters)'
     """
     kept = "".join(
         escape(character) if unicodedata.category(character) in UNPRINTABLE else character for character in text[:limit]
     )
-    # commands of GitHub's runner, Azure Pipelines and TeamCity begin so
-    kept = kept.replace("::", r":\x3a").replace("##", r"#\x23")
+    kept = COMMAND.sub(lambda match: f"\\x{ord(match[0]):02x}", kept)
     return kept if len(text) <= limit else f"{kept}... ({len(text):,} characters)"
 
 

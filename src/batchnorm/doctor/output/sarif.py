@@ -77,9 +77,9 @@ def results(examination: Examination, rules: list[tuple[str, str]]) -> list[dict
                 "locations": [{"physicalLocation": location, **logical(finding)}],
                 "partialFingerprints": {"primaryLocationLineHash": f"{digest(place)}:{seen[place]}"},
                 "properties": {
-                    "layer": finding.layer,
-                    "measured": finding.measured,
-                    "threshold": finding.threshold,
+                    "layer": shown(finding.layer),
+                    "measured": harmless(finding.measured),
+                    "threshold": harmless(finding.threshold),
                     "safe": finding.safe,
                     "confidence": finding.confidence,
                 },
@@ -96,7 +96,18 @@ def message(finding: Finding) -> str:
 
 
 def logical(finding: Finding) -> dict[str, Any]:
-    return {"logicalLocations": [{"fullyQualifiedName": finding.layer, "kind": "module"}]} if finding.layer else {}
+    return (
+        {"logicalLocations": [{"fullyQualifiedName": shown(finding.layer), "kind": "module"}]} if finding.layer else {}
+    )
+
+
+def harmless(value: Any) -> Any:
+    """A record whose names can be shown: services keep them in databases that refuse some characters."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {shown(str(name)): harmless(item) for name, item in value.items()}
+    return [harmless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def uri(source: str) -> str:
