@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from batchnorm import errors, functional, insight, nn, reference, statistics, surgery
+    from batchnorm.doctor.examine import examine
     from batchnorm.environment import describe_environment
     from batchnorm.insight import memory_report
     from batchnorm.nn import explain
@@ -35,6 +36,7 @@ __all__ = [
     "deferred_stats",
     "describe_environment",
     "errors",
+    "examine",
     "explain",
     "fold",
     "freeze",
@@ -62,6 +64,7 @@ HOME = {
     "copy_running_stats": "batchnorm.statistics",
     "deferred_stats": "batchnorm.statistics",
     "describe_environment": "batchnorm.environment",
+    "examine": "batchnorm.doctor.examine",
     "explain": "batchnorm.nn",
     "fold": "batchnorm.surgery",
     "freeze": "batchnorm.statistics",

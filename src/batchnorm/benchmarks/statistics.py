@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import batchnorm
 from batchnorm.benchmarks.correctness import another_function
 from batchnorm.benchmarks.peers import OURS, TORCH, WITHOUT, PeerUnavailableError
 from batchnorm.benchmarks.run import Record, as_microseconds
 from batchnorm.benchmarks.steps import BATCH, SIZE, resnet18, training_step
 from batchnorm.benchmarks.timing import time_in_turn, watch_others
+from batchnorm.statistics import deferred_stats, recalibrate
+from batchnorm.surgery import convert, fold
 
 SUITE = "statistics"
 RECALIBRATION, DEFERRAL, FOLDING = "recalibrate", "deferred_stats", "fold"
@@ -31,7 +32,7 @@ def measure_statistics(case: str, seconds: float, batch: int = BATCH, size: int 
         return [{"kind": "skipped", "suite": SUITE, "case": case, "peer": OURS, "reason": str(error)}]
     batches = [torch.randn(batch, 3, size, size) for _ in range(BATCHES)]
     what, _, layers = case.partition(" of ")
-    model = batchnorm.convert(plain, batches[0][:2])[0] if layers == "ours" else plain
+    model = convert(plain, batches[0][:2])[0] if layers == "ours" else plain
     calls, wrong = PREPARE[what](model, batches)
     record: Record = {"suite": SUITE, "case": case}
     if wrong is not None:
@@ -51,7 +52,7 @@ def recalibration(model: nn.Module, batches: list[Tensor]) -> tuple[Calls, str |
         for images in batches:
             model(images)
 
-    return {WITHOUT: evaluate, OURS: lambda: batchnorm.recalibrate(model, batches)}, None
+    return {WITHOUT: evaluate, OURS: lambda: recalibrate(model, batches)}, None
 
 
 def deferral(model: nn.Module, batches: list[Tensor]) -> tuple[Calls, str | None]:
@@ -60,7 +61,7 @@ def deferral(model: nn.Module, batches: list[Tensor]) -> tuple[Calls, str | None
     step = training_step(model, batches[0], labels)
 
     def deferred() -> None:
-        with batchnorm.deferred_stats(model):
+        with deferred_stats(model):
             step()
 
     return {WITHOUT: step, OURS: deferred}, None
@@ -69,10 +70,10 @@ def deferral(model: nn.Module, batches: list[Tensor]) -> tuple[Calls, str | None
 @torch.no_grad()
 def folding(model: nn.Module, batches: list[Tensor]) -> tuple[Calls, str | None]:
     """Against torch's own function for a convolution and a BN, and against the network as it is."""
-    batchnorm.recalibrate(model, batches)
+    recalibrate(model, batches)
     model.eval()
     images = batches[0]
-    folded, _ = batchnorm.fold(model, images[:2])
+    folded, _ = fold(model, images[:2])
     networks = {WITHOUT: model, TORCH: fused_by_torch(model), OURS: folded}
     exact = copy.deepcopy(model).double()(images[:2].double())
     wrong = another_function(["scores"], [folded(images[:2])], [exact])

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import batchnorm
 from batchnorm.benchmarks.cases import MEMORY_FORMATS
 from batchnorm.benchmarks.correctness import another_function
 from batchnorm.benchmarks.peers import PeerUnavailableError
 from batchnorm.benchmarks.run import Record, as_microseconds
 from batchnorm.benchmarks.timing import time_in_turn, watch_others
 from batchnorm.experiments.models.inception import Inception
+from batchnorm.surgery import convert
 
 BATCH, SIZE, CLASSES = 16, 224, 1000
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
@@ -71,7 +71,7 @@ def measure_steps(name: str, memory_format: str, seconds: float, batch: int = BA
         plain = MODELS[name]().to(memory_format=MEMORY_FORMATS[memory_format])  # pyright: ignore[reportCallIssue]
     except PeerUnavailableError as error:
         return [{"kind": "skipped", "peer": CONVERTED, "reason": str(error), **record}]
-    converted, changes = batchnorm.convert(copy.deepcopy(plain), torch.randn(2, 3, size, size))
+    converted, changes = convert(copy.deepcopy(plain), torch.randn(2, 3, size, size))
     wrong = different_scores(plain, converted)
     if wrong is not None:
         return [{"kind": "failed", "peer": CONVERTED, "reason": wrong, **record}]
