@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.insight.gap_causes import REMEDIES, Batches, Cause, cause_of, evidence_of, stacked
+from batchnorm.insight.gap_causes import AT_FAULT, FEW_VALUES, REMEDIES, Batches, Cause, cause_of, evidence_of, stacked
 from batchnorm.insight.outputs import disagreement, distance, floats_in
 from batchnorm.insight.saved import unchanged
 from batchnorm.reference import batch_mean, batch_var, values_per_channel
@@ -34,6 +34,7 @@ class LayerGap(NamedTuple):
             root of the mean square.
         var_off: the same of the variance, as a share of the measured one.
         noise: the distance that sampling explains, the larger of the two.
+        count: values per channel in the smallest batch.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerGap(NamedTuple):
     mean_off: float
     var_off: float
     noise: float
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Gap(NamedTuple):
@@ -150,6 +152,8 @@ def explain_gap(
             for name in (layers if not gap < worth else ())
             if name in by_batch.batches and name in by_running.batches
         ]
+    if not any(one.cause in AT_FAULT for one in ranked):
+        ranked = [noise_adds_up(one) if one.cause == "inherited" else one for one in ranked]
     ranked.sort(key=lambda one: (one.gap_left, -one.change))
     samples = int(next(iter(by_batch.batches.values())).samples.sum()) if by_batch.batches else 0
     return Gap(gap, disagreement(by_running.outputs, by_batch.outputs), tuple(ranked), len(items), samples)
@@ -223,6 +227,13 @@ class Runner:
         return Pass(outputs, batches, order[0] if order else None)
 
 
+def noise_adds_up(one: LayerGap) -> LayerGap:
+    """What is inherited from layers of which none is at fault."""
+    cause = "few values" if one.count < FEW_VALUES else "sampling noise"
+    reason = "its own statistics fit, and so do those before it, but their noise adds up"
+    return one._replace(cause=cause, reason=reason, remedy=REMEDIES[cause])
+
+
 def moments_of(input: Tensor) -> tuple[int, int, Tensor, Tensor] | None:
     """Samples, values per channel, mean and biased variance; None of an empty batch."""
     if not input.numel():
@@ -251,6 +262,7 @@ def layer_gap(name: str, runner: Runner, by_running: Pass, by_batch: Pass) -> La
         cause.mean_off,
         cause.var_off,
         cause.noise,
+        int(evidence.by_batch.counts.min()),
     )
 
 

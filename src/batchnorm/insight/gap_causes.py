@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the share of (mean 0, variance 1) in the running statistics from which it is named
-LEFT_OVER = 0.01
 # how many times the difference that sampling explains is more than sampling
 FAR = 3.0
 # values per channel below which the standard deviation of a batch has an error of 12 % and more, 1 / sqrt(2 n)
 FEW_VALUES = 32
 
+# causes for which a layer's own statistics are to blame
+AT_FAULT = ("not finite", "initial values left over", "stale average", "other data")
 REMEDIES = {
     "not finite": "measure new statistics: batchnorm.recalibrate(model, loader)",
     "initial values left over": "measure the statistics: batchnorm.recalibrate(model, loader), or train longer",
@@ -122,8 +122,9 @@ def cause_of(seen: Evidence) -> Cause:
         return cause("initial values left over", "its running statistics are those of a new layer, mean 0, variance 1")
     off = f"they are {mean_off:.2g} sigma and {var_off:.0%} of the variance from what these batches have"
     if not (mean_off <= FAR * noise_of_mean and var_off <= FAR * noise_of_var):
-        if share >= LEFT_OVER and explained_by_initial_values(seen, share, target):
-            return cause("initial values left over", f"{share:.1%} of its running statistics are mean 0, variance 1")
+        # a thousandth of variance 1 is much where the variance is a thousandth
+        if share > 0 and explained_by_initial_values(seen, share, target):
+            return cause("initial values left over", f"{share:.2g} of its running statistics is mean 0, variance 1")
         if seen.sees_data:
             return cause("other data", f"no weights come before it, and {off}: these are not the data of its training")
         why = "the weights moved after the average was taken, or these are other data"
@@ -181,8 +182,6 @@ def share_of_initial_values(seen: Evidence) -> float:
 
 def explained_by_initial_values(seen: Evidence, share: float, target: tuple[Tensor, Tensor]) -> bool:
     """Whether at least half of the difference is gone without the share of mean 0 and variance 1."""
-    if share >= 1:
-        return True
     without = (seen.mean / (1 - share), (seen.var - share) / (1 - share))
     before, after = (sum(x * x for x in distances(seen, *pair, *target)) for pair in ((seen.mean, seen.var), without))
     return after <= before / 4
@@ -207,5 +206,6 @@ def evidence_of(layer: Any, by_batch: Batches, by_running: Batches, *, sees_data
 
 def stacked(rows: list[tuple[int, int, Tensor, Tensor]]) -> Batches:
     """Of (samples, values per channel, mean, variance) of each batch."""
-    numbers = torch.tensor([row[:2] for row in rows], dtype=torch.float64)
-    return Batches(numbers[:, 0], numbers[:, 1], *(torch.stack([row[i] for row in rows]).cpu() for i in (2, 3)))
+    samples, counts, means, variances = zip(*rows, strict=True)
+    numbers = torch.tensor([samples, counts], dtype=torch.float64)
+    return Batches(numbers[0], numbers[1], torch.stack(means).cpu(), torch.stack(variances).cpu())
