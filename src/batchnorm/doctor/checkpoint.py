@@ -29,7 +29,9 @@ class StoredTensor:
 
     def values(self) -> np.ndarray:
         """In float64."""
-        return self.load().astype(np.float64)
+        # signalling NaN are "invalid" to the processor: they are values of a file like others
+        with np.errstate(invalid="ignore"):
+            return self.load().astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Layer:
 
 @dataclass
 class Checkpoint:
-    """A file that was read.
+    """A file that was read, or a state dict in memory.
 
     Attributes:
-        source: the path, as it was given.
-        format: "torch", "safetensors", "tensorflow", "saved_model", "keras" or "keras weights".
+        source: the path, as it was given, or "state dict".
+        format: "torch", "safetensors", "tensorflow", "saved_model", "keras", "keras weights" or "state dict".
         tensors: all, by name, in the order of the file.
         layers: BN layers, in the order of the file.
         faults: what is wrong with the container itself, by kind: see the rules BN001 to BN005.

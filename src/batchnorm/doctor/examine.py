@@ -129,7 +129,7 @@ def subject_of(target: Any) -> Subject:
         return Subject(str(target), checkpoint.layers, checkpoint)
     from torch import nn
 
-    from batchnorm.doctor.live_layers import layers_of_state, live_layers
+    from batchnorm.doctor.live_layers import live_layers, read_state
 
     # what torch.export made, by name: to import torch.export takes long
     if type(target).__name__ == "ExportedProgram":
@@ -137,14 +137,15 @@ def subject_of(target: Any) -> Subject:
     if isinstance(target, nn.Module):
         return Subject(type(target).__name__, live_layers(target), model=target)
     if isinstance(target, Mapping):
-        return Subject("state dict", layers_of_state(target))
+        checkpoint = read_state(target)
+        return Subject(checkpoint.source, checkpoint.layers, checkpoint)
     raise TypeError(f"expected a path, a model or a state dict, got {type(target).__name__}")
 
 
 def lacking_for(rule: Rule, subject: Subject) -> list[str]:
     """What the rule needs and the subject has not, sorted."""
     lacking = {need.value for need in rule.needs - subject.given}
-    if rule.container and subject.checkpoint is None:
+    if rule.container and (subject.checkpoint is None or subject.checkpoint.format == "state dict"):
         lacking.add("file")
     return sorted(lacking)
 

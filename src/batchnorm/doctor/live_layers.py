@@ -1,6 +1,6 @@
 """BN layers of a live model, and of a state dict in memory, in the normal form that rules read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from batchnorm.doctor.checkpoint import ROLES, STATISTICS, Layer, StoredTensor
+from batchnorm.doctor.checkpoint import ROLES, STATISTICS, Checkpoint, Layer, StoredTensor
 from batchnorm.doctor.read.table import Table
 
 VECTORS = ("weight", "bias", *STATISTICS)
@@ -88,32 +88,35 @@ def copied(tensor: Tensor) -> np.ndarray:
     return np.array(tensor.float().numpy() if narrow else tensor.numpy())
 
 
-def layers_of_state(state: Mapping[str, Any]) -> list[Layer]:
-    """The BN layers of a state dict, or of several under the keys of a checkpoint.
+def read_state(state: Mapping[str, Any]) -> Checkpoint:
+    """A state dict, or several under the keys of a checkpoint, in the normal form.
 
     Args:
         state: tensors or arrays by name; mappings inside are walked, everything else is passed over.
 
     Example:
-        >>> [layer.path for layer in layers_of_state({"epoch": 3, "model": nn.BatchNorm1d(2).state_dict()})]
+        >>> [layer.path for layer in read_state({"epoch": 3, "model": nn.BatchNorm1d(2).state_dict()}).layers]
         ['model']
     """
-    table = Table("state dict")
-    for name, value in named_tensors(state, ""):
-        if isinstance(value, Tensor):
-            table.add(stored(name, value), "is on the meta device and has no values" if value.is_meta else "")
-        else:
-            table.add(StoredTensor(name, value.shape, value.dtype.name, partial(np.array, value)))
-    for path, entry in getattr(state, "_metadata", {}).items():
+    table = Table("state dict", facts={"state_dicts": []})
+    take(table, state, "")
+    return table.checkpoint("state dict")
+
+
+def take(table: Table, state: Mapping[str, Any], path: str) -> None:
+    """Put what lies at a path of the state into the table."""
+    prefix = f"{path}." if path else ""
+    for module, entry in getattr(state, "_metadata", {}).items():
         if isinstance(entry, Mapping) and isinstance(entry.get("version"), int):
-            table.versions[path] = entry["version"]
-    return table.checkpoint("state dict").layers
-
-
-def named_tensors(state: Mapping[str, Any], path: str) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+            table.versions[f"{prefix}{module}" if module else path] = entry["version"]
+    if any(isinstance(value, Tensor | np.ndarray) for value in state.values()):
+        table.facts["state_dicts"].append(path)
     for key, value in state.items():
-        name = f"{path}.{key}" if path else str(key)
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from named_tensors(value, name)
-        elif isinstance(value, Tensor | np.ndarray):
-            yield name, value
+            take(table, value, name)
+        elif isinstance(value, Tensor):
+            plain = value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+            table.add(stored(name, value), "" if plain else "is sparse, quantized or on the meta device")
+        elif isinstance(value, np.ndarray):
+            table.add(StoredTensor(name, value.shape, value.dtype.name, partial(np.array, value)))

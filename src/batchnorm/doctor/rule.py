@@ -29,7 +29,7 @@ class Subject:
     Attributes:
         source: a path, or the class of the model.
         layers: BN layers in the order of the file or model.
-        checkpoint: the file, if it is one.
+        checkpoint: the file or state dict, if it is one.
         model: the live model, if there is one.
         loader: yields inputs, or tuples that begin with one; iterated as often as rules need it.
         optimizer: that trains the model.

@@ -41,7 +41,8 @@ def decode(raw: bytes | bytearray, dtype: str, *, big_endian: bool = False) -> n
     if dtype == "bfloat16":
         return (np.frombuffer(raw, order + "u2").astype("u4") << 16).view("f4")
     if dtype == "complex32":
-        return np.frombuffer(raw, order + "f2").astype("f4").view("c8")
+        with np.errstate(invalid="ignore"):
+            return np.frombuffer(raw, order + "f2").astype("f4").view("c8")
     return float8_table(dtype)[np.frombuffer(raw, "u1")]
 
 

@@ -20,11 +20,13 @@ LONGEST_NAME = 1024
 # real networks have up to 10^4 channels in a layer and 10^6 in all
 MOST_FEATURES = 1 << 20
 LARGEST_LAYERS = 64 << 20
-# of torch.nn.BatchNorm and InstanceNorm, since num_batches_tracked exists; of other layers it is 1
+# of batch and instance normalization in torch, since num_batches_tracked exists; of other layers it is 1
 NORM_VERSION = 2
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-OTHER_NORMS = {"ln", "gn", "rms", "instance"}
+OTHER_NORMS = {"ln", "gn", "in", "rms", "instance"}
 OTHER_NAMES = ("layernorm", "groupnorm", "rmsnorm", "instancenorm")
+# what stands before a normalization in the same block, by what the latter is called
+NORM_WORDS, CONVOLUTION_WORDS = ("normalization", "norm"), ("convolution", "conv", "0")
 AFFINE = frozenset({"weight", "bias"})
 KNOWN = frozenset(ROLES) | {"schedule_step"}
 
@@ -126,6 +128,8 @@ def add(
         found.left_out[path] = problem
         return
     found.bytes += size
+    if "num_batches_tracked" in tensors:
+        tensors["num_batches_tracked"] = scalar(tensors["num_batches_tracked"])
     expected = set(tensors)
     if module is None or module.tracked or has_statistics(group):
         expected.update(STATISTICS)
@@ -144,6 +148,11 @@ def add(
             sure=sure and not group.keys() - KNOWN,
         )
     )
+
+
+def scalar(tensor: StoredTensor) -> StoredTensor:
+    """The same counter with shape (), also where a converter gave it shape (1,)."""
+    return StoredTensor(tensor.name, (), tensor.dtype, lambda: tensor.load().reshape(()))
 
 
 def unfitness(tensors: Group, unreadable: frozenset[str]) -> str:
@@ -181,8 +190,6 @@ class Evidence:
             return False
         if name == "bn" or place(path) in self.places:
             return True
-        if version == NORM_VERSION and self.any:
-            return True
         follows = self.follows_convolution(path, group["weight"].shape[0])
         return follows and (self.any or words(path)[-1:] == ["normalization"])
 
@@ -201,10 +208,6 @@ class Evidence:
         return False
 
 
-NORM_WORDS = ("normalization", "norm")
-CONVOLUTION_WORDS = ("convolution", "conv", "0")
-
-
 def words(path: str) -> list[str]:
     """Of the last part of a path that is not only a number, in lower case: "conv1_bn" has "conv" and "bn"."""
     parts = [part for part in path.split(".") if not part.isdecimal()]
@@ -212,14 +215,12 @@ def words(path: str) -> list[str]:
 
 
 def named(path: str) -> str:
-    """ "bn" or "other" if the name says which normalization this is, else ""."""
+    """Which normalization the name says this is: "bn", "other", or "" if it does not say."""
     parts = words(path)
     whole = "".join(parts)
-    if OTHER_NORMS & {*parts} or any(name in whole for name in OTHER_NAMES):
-        return "other"
     if "batchnorm" in whole or any(word.startswith("bn") or word.endswith("bn") for word in parts):
         return "bn"
-    return ""
+    return "other" if OTHER_NORMS & {*parts} or any(name in whole for name in OTHER_NAMES) else ""
 
 
 def place(path: str) -> str:

@@ -13,9 +13,11 @@ from batchnorm.doctor.read.source import shown
 
 # An operation keeps up to about 100 bytes. A state dict of 10,000 tensors takes 30 MB by this measure.
 OPERATION_BYTES = 100
-MOST_BYTES = 200 << 20
+MOST_BYTES = 128 << 20
 # 20 times what any counter or size needs; larger ones cost time that grows with their square
 LONGEST_INTEGER = 1024
+# bounds the cost of looking at a name, which may be there once and be meant a million times
+LONGEST_GLOBAL = 1024
 
 # numbers, strings and bytes: the value is the argument
 CONSTANTS = frozenset(
@@ -65,24 +67,27 @@ Constructor = Callable[[tuple[Any, ...]], Any]
 
 
 class Machine:
-    """Runs pickle programs.
+    """Runs pickle programs, and bounds what all of its programs together may ask for.
 
     Args:
         constructors: what to build instead of a call, by the name of the function: gets the arguments.
         persistent: what to put for a persistent id.
-        globals: names of all globals so far, in order; runs of several machines can share it.
+
+    Attributes:
+        globals: all classes and functions that were named, in order.
     """
 
-    def __init__(
-        self, constructors: Mapping[str, Constructor], persistent: Callable[[Any], Any], globals: dict[str, Global]
-    ) -> None:
+    def __init__(self, constructors: Mapping[str, Constructor], persistent: Callable[[Any], Any]) -> None:
         self.constructors = constructors
         self.persistent = persistent
-        self.globals = globals
+        self.globals: dict[str, Global] = {}
+        self.spent = 0
+        self.forget()
+
+    def forget(self) -> None:
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.spent = 0
 
     def run(self, stream: BinaryIO) -> Any:
         """The value of the program that begins here; the stream is left behind its end.
@@ -90,6 +95,7 @@ class Machine:
         Raises:
             ValueError: the program is no valid pickle or asks for too much.
         """
+        self.forget()
         try:
             for opcode, argument, _ in pickletools.genops(stream):
                 self.spend(argument)
@@ -219,6 +225,8 @@ class Machine:
     def named(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("the name of a global is no string")
+        if len(module) + len(name) > LONGEST_GLOBAL:
+            raise ValueError(f"the name of a global has {len(module) + len(name)} characters")
         full = f"{RENAMED.get(module, module)}.{name}"
         return self.globals.setdefault(full, Global(full))
 

@@ -11,8 +11,8 @@ from batchnorm.doctor.read.layers import LONGEST_NAME, ModuleState, recognise
 from batchnorm.doctor.read.source import shown
 from batchnorm.errors import DataError
 
-MOST_TENSORS = 200_000
-# characters of all names together; 200,000 of 100 each
+MOST_TENSORS = 100_000
+# characters of all names together; a tensor takes about 2 KB in all
 MOST_CHARACTERS = 20_000_000
 # names of real layers have up to 150 characters
 HUGE_NAME = 256

@@ -4,10 +4,10 @@ import io
 from typing import Any
 
 from batchnorm.doctor.read.dtypes import SIZES
-from batchnorm.doctor.read.pickle_machine import Global
+from batchnorm.doctor.read.pickle_machine import Machine
 from batchnorm.doctor.read.source import Source, shown
 from batchnorm.doctor.read.table import Table
-from batchnorm.doctor.read.torch_tensors import Storage, to_storage
+from batchnorm.doctor.read.torch_tensors import CONSTRUCTORS, Storage, to_storage
 from batchnorm.doctor.read.torch_zip import LARGEST_PICKLE, fill, interpret, note_globals
 
 # the pickle of 0x1950A86A20F9469CFC6C
@@ -23,9 +23,9 @@ def read_torch_legacy(source: Source) -> Table:
     """
     table, storages = Table(source.name), Storages()
     stream = io.BytesIO(source.read_up_to(0, LARGEST_PICKLE))
-    globals: dict[str, Global] = {}
-    _, _, system, root, keys = (interpret(source, stream, globals, storages.meet) for _ in range(5))
-    note_globals(table, list(globals))
+    machine = Machine(CONSTRUCTORS, storages.meet)
+    _, _, system, root, keys = (interpret(source, stream, machine) for _ in range(5))
+    note_globals(table, list(machine.globals))
     table.faults.add("BN004", "", "is in the format of torch before 1.6: pickles in a row, no archive", grave=False)
     storages.locate(keys, stream.tell(), source.size)
     if storages.lost:
@@ -41,11 +41,15 @@ def read_torch_legacy(source: Source) -> Table:
 
 def read_pickle(source: Source) -> Table:
     """What a pickle of something else names; its tensors, if it has some, are not read."""
-    table, globals = Table(source.name), dict[str, Global]()
-    interpret(source, io.BytesIO(source.read_up_to(0, LARGEST_PICKLE)), globals)
-    note_globals(table, list(globals))
+    table, machine = Table(source.name), Machine(CONSTRUCTORS, to_anything)
+    interpret(source, io.BytesIO(source.read_up_to(0, LARGEST_PICKLE)), machine)
+    note_globals(table, list(machine.globals))
     table.faults.add("BN004", "", "is a pickle that torch.save did not write: its tensors are not listed")
     return table
+
+
+def to_anything(identity: Any) -> None:
+    """Other programs have persistent ids of their own."""
 
 
 class Storages:
@@ -81,7 +85,7 @@ class Storages:
 
 
 def read_torch_tar(source: Source) -> Table:
-    """The names of the members of what torch saved before version 0.1.9; its tensors are not listed.
+    """The names of the members of what the first versions of torch saved; its tensors are not listed.
 
     Raises:
         DataError: it is another tar archive.
@@ -96,5 +100,5 @@ def read_torch_tar(source: Source) -> Table:
     if not {"storages", "tensors", "pickle"} <= {*names}:
         raise source.error(f"is a tar archive ({', '.join(map(shown, names[:3]))}); unpack it and name the checkpoint")
     table = Table(source.name, facts={"members": names})
-    table.faults.add("BN004", "", "is in the tar format of torch before 0.1.9: its tensors are not listed")
+    table.faults.add("BN004", "", "is in the tar format of the first versions of torch: its tensors are not listed")
     return table

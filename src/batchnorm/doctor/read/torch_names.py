@@ -7,19 +7,21 @@ from typing import Any
 from batchnorm.doctor.read.layers import LONGEST_NAME, ModuleState
 from batchnorm.doctor.read.pickle_machine import Attributed, Object
 from batchnorm.doctor.read.torch_tensors import TensorRecord
+from batchnorm.errors import DataError
 
 # state dicts of optimizers of checkpoints of trainers lie 5 deep; modules nest up to 20 deep
 DEEPEST = 64
-# values that are looked at, about a second's worth, and characters that are kept of paths
-MOST_STEPS, MOST_CHARACTERS = 3_000_000, 20_000_000
+# values that are looked at, ten for each of the most tensors, and characters that are kept of paths
+MOST_STEPS, MOST_CHARACTERS = 1_000_000, 20_000_000
 MOST_STATE_DICTS = 100
 END = object()
 
 
 @dataclass
 class Notes:
-    """What a file says about its modules, by their path through the file."""
+    """What a file says about its modules, by their path through the file; ``source`` is its name."""
 
+    source: str
     state_dicts: list[str] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     modules: dict[str, ModuleState] = field(default_factory=dict)
@@ -31,14 +33,14 @@ class Notes:
         self.steps += 1
         self.characters += characters
         if self.steps > MOST_STEPS or self.characters > MOST_CHARACTERS:
-            raise ValueError("more values than any checkpoint has")
+            raise DataError(f"{self.source}: has more values than any checkpoint, or longer names")
 
 
 def named_tensors(root: Any, notes: Notes) -> Iterator[tuple[str, TensorRecord]]:
     """Tensors by their path through the file, in its order. Containers are walked once, however often they are there.
 
     Raises:
-        ValueError: more values than any checkpoint has.
+        DataError: more values than any checkpoint has.
     """
     seen: set[int] = set()
     open_containers: list[tuple[str, Iterator[tuple[Any, Any]]]] = [("", iter([("", root)]))]
@@ -63,7 +65,9 @@ def named_tensors(root: Any, notes: Notes) -> Iterator[tuple[str, TensorRecord]]
 
 def join(path: str, name: Any) -> str:
     """Cut where it is too long to be listed anyway."""
-    name = name.decode("latin-1") if isinstance(name, bytes) else str(name)
+    name = name if isinstance(name, str | bytes) else str(name)
+    name = name[: LONGEST_NAME + 1]
+    name = name.decode("latin-1") if isinstance(name, bytes) else name
     return (f"{path}.{name}" if path and name else path or name)[: LONGEST_NAME + 1]
 
 
@@ -128,7 +132,7 @@ def note_state_dict(notes: Notes, path: str) -> None:
 
 def is_state_dict(value: dict[Any, Any], path: str) -> bool:
     names = [name for name, child in value.items() if isinstance(name, str) and isinstance(child, TensorRecord)]
-    return any("." in name for name in names) or bool(names and not path)
+    return any("." in name[:LONGEST_NAME] for name in names) or bool(names and not path)
 
 
 def note_module(notes: Notes, path: str, value: Object) -> None:

@@ -12,6 +12,8 @@ from batchnorm.doctor.read.dtypes import SIZES, decode
 from batchnorm.doctor.read.pickle_machine import Constructor, Global
 from batchnorm.doctor.read.torch_globals import storage_dtype
 
+# torch numbers them
+LONGEST_KEY = 64
 MOST_DIMENSIONS = 64
 # a tensor may have more elements than its storage (expanded ones have), but not to fill the memory with them
 LARGEST_EXPANDED = 64 << 20
@@ -48,14 +50,14 @@ class TensorRecord:
 
 def to_storage(identity: Any) -> Any:
     """What stands for a persistent id: torch gives one to each storage, older versions to classes with their source."""
-    parts: list[Any] = [*identity] if isinstance(identity, tuple) else []
+    parts: list[Any] = [*identity[:7]] if isinstance(identity, tuple) else []
     if len(parts) >= 2 and parts[0] == "module":
         return parts[1]
     if len(parts) not in (5, 6) or parts[0] not in ("storage", b"storage"):
         raise ValueError("a persistent id is none of a storage")
     _, kind, key, _, count, *view = parts
     dtype = storage_dtype(kind.name) if isinstance(kind, Global) else None
-    if dtype is None or not isinstance(key, str) or not is_size(count):
+    if dtype is None or not isinstance(key, str) or len(key) > LONGEST_KEY or not is_size(count):
         raise ValueError("a storage has no known type, key and size")
     start = 0
     if view and view[0] is not None:
@@ -67,7 +69,7 @@ def to_storage(identity: Any) -> Any:
 
 def rebuild_tensor(arguments: tuple[Any, ...], dtype: str | None = None) -> TensorRecord:
     """``_rebuild_tensor``, ``_rebuild_tensor_v2``."""
-    storage, offset, shape, stride, *rest = arguments
+    storage, offset, shape, stride, *rest = arguments[:7]
     if not isinstance(storage, Storage):
         raise ValueError("a tensor has no storage")
     size, steps = sizes(shape), sizes(stride)
@@ -104,7 +106,7 @@ def rebuild_parameter(arguments: tuple[Any, ...]) -> Any:
 
 
 def rebuild_from_type(arguments: tuple[Any, ...]) -> Any:
-    function, _, inner, *_ = arguments
+    function, _, inner = arguments[:3]
     constructor = CONSTRUCTORS.get(function.name) if isinstance(function, Global) else None
     if constructor is None or not isinstance(inner, tuple) or constructor is rebuild_from_type:
         raise ValueError("a tensor of a class of its own is built by something unknown")
@@ -112,7 +114,7 @@ def rebuild_from_type(arguments: tuple[Any, ...]) -> Any:
 
 
 def rebuild_sparse(arguments: tuple[Any, ...]) -> TensorRecord:
-    data = arguments[1] if isinstance(arguments[1], tuple) else ()
+    data = arguments[1][:4] if isinstance(arguments[1], tuple) else ()
     dtypes = [part.dtype for part in data if isinstance(part, TensorRecord)]
     shape = next((part for part in data if isinstance(part, tuple)), ())
     return TensorRecord(dtypes[-1] if dtypes else "", sizes(shape), problem="sparse tensors are not read")

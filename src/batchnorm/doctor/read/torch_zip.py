@@ -6,7 +6,7 @@ from typing import Any
 
 from batchnorm.doctor.read.dtypes import SIZES
 from batchnorm.doctor.read.faults import Faults
-from batchnorm.doctor.read.pickle_machine import Global, Machine
+from batchnorm.doctor.read.pickle_machine import Machine
 from batchnorm.doctor.read.source import Source, shown
 from batchnorm.doctor.read.table import Table, unfitness
 from batchnorm.doctor.read.torch_globals import ALLOWED, is_known_to_run
@@ -14,7 +14,6 @@ from batchnorm.doctor.read.torch_names import Notes, named_tensors
 from batchnorm.doctor.read.torch_tensors import CONSTRUCTORS, Storage, stored, to_storage
 from batchnorm.doctor.read.zip_directory import Member, check_sums, read_directory, read_member
 from batchnorm.doctor.read.zip_recovery import recover
-from batchnorm.errors import DataError
 
 PICKLE = "data.pkl"
 # pickles of models of 10^4 layers have 5 MB
@@ -30,31 +29,33 @@ def read_torch_zip(source: Source) -> Table:
     """
     table = Table(source.name)
     members = read_directory(source, table.faults)
-    if members is None:
+    if cut := members is None:
         members = recover(source)
         if not any(name.endswith(f"/{PICKLE}") for name in members):
             raise source.error(f"is an archive cut off after {source.size} bytes, before its tensors; fetch it again")
-        table.faults.add("BN004", "", "the archive is cut off: its directory is missing", bytes=source.size)
     folder = find_folder(source, members)
     for name in members:
         if (problem := unfitness(name)) is not None:
             table.faults.add("BN005", name, f"a member has {problem}", grave=False, characters=len(name))
     table.facts["checksums"] = check_sums(source, members, table.faults)
     order = small(source, members, f"{folder}/byteorder")
-    script = f"{folder}/constants.pkl" in members
-    table.facts["torchscript"] = script
+    if script := f"{folder}/constants.pkl" in members:
+        table.facts["torchscript"] = True
     data = members[f"{folder}/{PICKLE}"]
     if data.size > LARGEST_PICKLE:
         raise source.error(f"its table of tensors has {data.size} bytes; expected at most {LARGEST_PICKLE}")
-    globals: dict[str, Global] = {}
-    root = interpret(source, io.BytesIO(read_member(source, data, 0, data.size)), globals)
-    note_globals(table, [g for g in globals if not (script and g.startswith(TORCHSCRIPT))])
+    machine = Machine(CONSTRUCTORS, to_storage)
+    root = interpret(source, io.BytesIO(read_member(source, data, 0, data.size)), machine)
+    note_globals(table, [name for name in machine.globals if not (script and name.startswith(TORCHSCRIPT))])
 
     def read(key: str, start: int, count: int) -> bytes:
         return read_member(source, members[f"{folder}/data/{key}"], start, count)
 
-    storages = StorageCheck(members, f"{folder}/data/", table.faults)
+    storages = StorageCheck(members, f"{folder}/data/", Faults() if cut else table.faults)
     fill(table, root, storages.problem, read, big_endian=order == b"big")
+    if cut:
+        lost = sum(map(bool, storages.problems.values()))
+        table.faults.add("BN004", "", "is cut off: its directory is missing", bytes=source.size, lost_storages=lost)
     return table
 
 
@@ -77,12 +78,10 @@ def small(source: Source, members: dict[str, Member], name: str) -> bytes:
     return read_member(source, member, 0, min(member.size, 16)) if member is not None and member.readable else b""
 
 
-def interpret(
-    source: Source, stream: io.BytesIO, globals: dict[str, Global], persistent: Callable[[Any], Any] = to_storage
-) -> Any:
+def interpret(source: Source, stream: io.BytesIO, machine: Machine) -> Any:
     """What the next pickle says, without doing it."""
     try:
-        return Machine(CONSTRUCTORS, persistent, globals).run(stream)
+        return machine.run(stream)
     except ValueError as error:
         where = stream.tell()
         raise source.error(f"its pickled table of tensors is damaged before byte {where}: {error}") from None
@@ -104,15 +103,12 @@ def fill(
     big_endian: bool,
 ) -> None:
     """Put the tensors of a pickle into the table."""
-    notes = Notes()
-    try:
-        for name, record in named_tensors(root, notes):
-            problem = record.problem or (check(record.storage) if record.storage is not None else "")
-            if record.problem.startswith("reaches"):
-                table.faults.add("BN003", name, record.problem)
-            table.add(stored(name, record, read, big_endian), problem)
-    except ValueError as error:
-        raise DataError(f"{table.source}: {error}") from None
+    notes = Notes(table.source)
+    for name, record in named_tensors(root, notes):
+        problem = record.problem or (check(record.storage) if record.storage is not None else "")
+        if record.problem.startswith("reaches"):
+            table.faults.add("BN003", name, record.problem)
+        table.add(stored(name, record, read, big_endian), problem)
     table.versions, table.modules = notes.versions, notes.modules
     table.facts["state_dicts"] = notes.state_dicts
     if notes.modules:

@@ -15,6 +15,7 @@ ENCRYPTED = 0x1 | 0x40 | 0x2000
 # a checkpoint of 10^5 tensors has a directory of 10 MB
 LARGEST_DIRECTORY = 32 << 20
 MOST_MEMBERS = 200_000
+MOST_EXTRA_FIELDS = 16
 # read and summed at about 2 GB/s from the cache of the system
 CHECKED_BYTES, CHUNK = 1 << 30, 1 << 20
 # what may come out of compressed members, at a time
@@ -117,7 +118,9 @@ def entries(directory: bytes, count: int, faults: Faults) -> list[Member]:
 def widened(extra: bytes, *values: int) -> list[int]:
     """Size, packed size and header position, those of 32 one bits taken from the field for large files."""
     result, at = list(values), 0
-    while at + 4 <= len(extra):
+    for _ in range(MOST_EXTRA_FIELDS):
+        if at + 4 > len(extra):
+            break
         tag, length = struct.unpack_from("<HH", extra, at)
         if tag == 1:
             field = extra[at + 4 : at + 4 + length]

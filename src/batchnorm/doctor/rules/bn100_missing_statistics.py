@@ -42,7 +42,7 @@ from collections.abc import Iterator
 from batchnorm.doctor.checkpoint import ROLES, Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
-from batchnorm.doctor.rules.values import called, gamma_of, listed, span
+from batchnorm.doctor.rules.values import called, gamma_of, listed, span, together
 
 REMEDIES = {
     "torch": "Save model.state_dict() again where the model was trained",
@@ -50,16 +50,18 @@ REMEDIES = {
     "keras": "Save the whole model again where it was trained",
 }
 
+NEW = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
+
 
 def check(subject: Subject) -> Iterator[Finding]:
     """One finding for each layer."""
-    lost = {layer.path: missing(layer) for layer in subject.layers}
-    none_has = all(lost.values())
-    for layer in subject.layers:
-        if roles := lost[layer.path]:
-            severity = Severity.ERROR if layer.sure or none_has else Severity.WARNING
-            confidence = "certain" if layer.sure else "likely" if none_has else "possible"
-            yield finding(layer, roles, severity, confidence)
+    for layers in together(subject):
+        none_has = all(missing(layer) for layer in layers)
+        for layer in layers:
+            if roles := missing(layer):
+                severity = Severity.ERROR if layer.sure or none_has else Severity.WARNING
+                confidence = "certain" if layer.sure else "likely" if none_has else "possible"
+                yield finding(layer, roles, severity, confidence)
 
 
 def missing(layer: Layer) -> list[str]:
@@ -89,7 +91,8 @@ def finding(layer: Layer, roles: list[str], severity: Severity, confidence: str)
 
 def consequence(layer: Layer, roles: list[str]) -> str:
     if not {"running_mean", "running_var"} <= {*roles} or not layer.has("weight"):
-        return "What is not loaded keeps the value of a new layer (mean 0, variance 1, weight 1, bias 0)."
+        kept = listed(f"{called(layer, role)} {NEW[role]}" for role in roles)
+        return f"Loaded leniently, the layer keeps what a new one has: {kept}."
     return (
         f"Loaded without them, it evaluates with mean 0 and variance 1: it does not normalize, but multiplies "
         f"its raw input by {called(layer, 'weight')} ({span(gamma_of(layer))})."

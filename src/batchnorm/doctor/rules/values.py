@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from batchnorm.doctor.checkpoint import STATISTICS, Layer
+from batchnorm.doctor.rule import Subject
 
 # what a layer has unless it was told otherwise
 DEFAULT_EPS = {"torch": 1e-5, "tensorflow": 1e-3, "keras": 1e-3}
@@ -18,8 +19,9 @@ LISTED = 8
 
 def eps_of(layer: Layer) -> float:
     """The layer's, or the default of its framework where the file does not tell."""
-    known = layer.eps is not None and math.isfinite(layer.eps) and layer.eps >= 0
-    return layer.eps if known and layer.eps is not None else DEFAULT_EPS.get(layer.framework, 1e-5)
+    if layer.eps is not None and 0 <= layer.eps < math.inf:
+        return layer.eps
+    return DEFAULT_EPS[layer.framework]
 
 
 def eps_in_words(layer: Layer) -> str:
@@ -46,6 +48,12 @@ def statistics_of(layer: Layer) -> tuple[np.ndarray, np.ndarray] | None:
 def counter_of(layer: Layer) -> float | None:
     """``num_batches_tracked``; any float can stand in a file."""
     return float(layer.values("num_batches_tracked").reshape(-1)[0]) if layer.has("num_batches_tracked") else None
+
+
+def counts_of(layers: Iterable[Layer]) -> dict[str, float]:
+    """Path -> counter, of the layers that have one."""
+    counts = ((layer.path, counter_of(layer)) for layer in layers)
+    return {path: count for path, count in counts if count is not None}
 
 
 def called(layer: Layer, role: str) -> str:
@@ -85,6 +93,8 @@ def span(values: np.ndarray) -> str:
         >>> span(np.array([2.0, 0.51234])), span(np.ones(3))
         ('0.512 to 2', '1')
     """
+    if not values.size:
+        return "no values"
     least, greatest = (f"{value:.3g}" for value in (values.min(), values.max()))
     return least if least == greatest else f"{least} to {greatest}"
 
@@ -97,3 +107,18 @@ def plain(value: float) -> float | None:
 def first_channels(mask: np.ndarray) -> list[int]:
     """For JSON: the indices of the first channels of a mask."""
     return np.flatnonzero(mask)[:LISTED].tolist()
+
+
+def together(subject: Subject) -> list[list[Layer]]:
+    """Layers by the state dict that they lie in: a model's, and those of its moving average."""
+    paths = subject.checkpoint.facts.get("state_dicts", []) if subject.checkpoint is not None else []
+    groups: dict[str, list[Layer]] = {}
+    for layer in subject.layers:
+        inside = [path for path in paths if path and layer.path.startswith(f"{path}.")]
+        groups.setdefault(max(inside, key=len, default=""), []).append(layer)
+    return list(groups.values())
+
+
+def are_initial(mean: np.ndarray, var: np.ndarray) -> bool:
+    """Whether these are the statistics of a new layer, to the last bit."""
+    return bool((mean == 0).all() and (var == 1).all())

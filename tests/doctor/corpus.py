@@ -1,0 +1,417 @@
+"""Checkpoints with faults that are known, and healthy ones: what rules are measured on.
+
+``FAULTS`` and ``HEALTHY`` map a name to a :class:`Case`; ``write`` puts its contents into a file as users would. Faults
+are made the way they arise, where that takes no more than a few lines: by training with an infinite input, under
+activation checkpointing, by ``half()``.
+"""
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+State = dict[str, Any]
+STEPS = 12
+
+
+class Case(NamedTuple):
+    """What ``torch.save`` writes, and the codes of all findings that it should lead to."""
+
+    make: Callable[[], Any]
+    codes: frozenset[str]
+
+
+class Block(nn.Module):
+    """Residual, of two layers; ``calls`` runs it again on its output."""
+
+    def __init__(self, channels: int, layer: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = layer(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = layer(channels)
+        self.calls, self.recomputed = 1, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.calls):
+            x = checkpoint(self.body, x, use_reentrant=False) if self.recomputed else self.body(x)
+        return x
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Network(nn.Module):
+    """Five BN layers: bn1, block1.bn1, block1.bn2, block2.bn1, block2.bn2."""
+
+    def __init__(self, layer: Callable[..., nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = layer(8)
+        self.block1, self.block2 = Block(8, layer), Block(8, layer)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.block2(self.block1(x)).mean((2, 3)))
+
+
+def train(model: nn.Module, steps: int = STEPS, size: int = 6, learning_rate: float = 0.02) -> nn.Module:
+    """A few steps on noise whose mean tells the class."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], learning_rate, momentum=0.9)
+    for _ in range(steps):
+        labels = torch.randint(4, (16,), generator=generator)
+        x = torch.randn(16, 3, size, size, generator=generator) + labels.view(-1, 1, 1, 1) - 1.5
+        output = model(x)
+        loss = nn.functional.cross_entropy(getattr(output, "logits", output), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def as_it_is(model: Network) -> None:
+    pass
+
+
+def trained(
+    prepare: Callable[[Network], object] = as_it_is, layer: Callable[..., nn.Module] = nn.BatchNorm2d
+) -> Network:
+    return copy.deepcopy(trained_once(prepare, layer))
+
+
+@cache
+def trained_once(prepare: Callable[[Network], object], layer: Callable[..., nn.Module]) -> Any:
+    model: Any = seeded(lambda: Network(layer))
+    prepare(model)
+    return train(model)
+
+
+def edited(**changes: Callable[[Tensor], Tensor]) -> Callable[[], State]:
+    """A trained state in which the tensors of some names, such as ``bn1__weight``, are changed."""
+
+    def make() -> State:
+        state = copy.copy(trained().state_dict())
+        for name, change in changes.items():
+            key = name.replace("__", ".")
+            state[key] = change(state[key].clone())
+        return state
+
+    return make
+
+
+def without(*endings: str, metadata: bool = False) -> Callable[[], State]:
+    """A trained state without some tensors; plain dicts, as conversions make them, have no metadata."""
+
+    def make() -> State:
+        state = trained().state_dict()
+        for key in [key for key in state if key.endswith(endings)]:
+            del state[key]
+        return state if metadata else dict(state)
+
+    return make
+
+
+def filled(value: float, *channels: int) -> Callable[[Tensor], Tensor]:
+    """Some channels, or all of them, become a value."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor[list(channels) or ...] = value
+        return tensor
+
+    return change
+
+
+def loaded_leniently() -> State:
+    """What was lost is lost for good once it was loaded with strict=False and saved again."""
+    model = seeded(Network)
+    model.load_state_dict(dict(trained().named_parameters()), strict=False)
+    return model.state_dict()
+
+
+def trained_in_evaluation_mode() -> State:
+    model = seeded(Network)
+    return train(model.eval()).state_dict()
+
+
+def with_momentum_zero() -> State:
+    return trained(lambda model: setattr(model.bn1, "momentum", 0.0)).state_dict()
+
+
+def never_reached() -> State:
+    model = trained()
+    model.add_module("auxiliary", nn.BatchNorm2d(4))
+    return model.state_dict()
+
+
+def after_an_infinite_input() -> State:
+    model = trained()
+    with torch.no_grad():
+        model(torch.full((2, 3, 6, 6), torch.inf))
+    return model.state_dict()
+
+
+def zero_initialized() -> State:
+    def prepare(model: Network) -> None:
+        for block in (model.block1, model.block2):
+            nn.init.zeros_(block.bn2.weight).requires_grad_(False)
+
+    return trained(prepare).state_dict()
+
+
+def frozen_for_a_while() -> State:
+    model = trained()
+    model.bn1.eval()
+    return train(model, 5).state_dict()
+
+
+def called(times: int) -> Callable[[], State]:
+    return lambda: trained(lambda model: setattr(model.block2, "calls", times)).state_dict()
+
+
+def recomputed() -> State:
+    return trained(lambda model: setattr(model.block2, "recomputed", True)).state_dict()
+
+
+def averaged_counters() -> State:
+    first, second = trained().state_dict(), train(trained(), 1).state_dict()
+    return {key: (first[key] + second[key]) / 2 for key in first}
+
+
+def half_of(*endings: str) -> Callable[[], State]:
+    def make() -> State:
+        state = trained().state_dict()
+        return {key: value.half() if key.endswith(endings) else value for key, value in state.items()}
+
+    return make
+
+
+def with_large_inputs() -> State:
+    """Variances that float16 has no number for."""
+    model = trained()
+    model.conv1.weight.data *= 1000
+    with torch.no_grad():
+        for _ in range(STEPS):
+            model(torch.randn(16, 3, 6, 6))
+    return model.half().state_dict()
+
+
+def with_keras_momentum(value: float) -> Callable[[], nn.Module]:
+    return lambda: trained(layer=lambda channels: nn.BatchNorm2d(channels, momentum=value))
+
+
+def with_keras_statistics() -> nn.Module:
+    """As after a conversion: eps of Keras, and statistics that no batch was counted for."""
+    model = trained(layer=lambda channels: nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01))
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    return model
+
+
+def with_keras_names() -> State:
+    names = {"running_mean": "moving_mean", "running_var": "moving_variance"}
+    state = {key: value for key, value in trained().state_dict().items() if "bn" not in key}
+    return state | {f"bn1.{name}": trained().state_dict()[f"bn1.{role}"] for role, name in names.items()}
+
+
+def fault(make: Callable[[], Any], *codes: str) -> Case:
+    return Case(make, frozenset(codes))
+
+
+FAULTS: dict[str, Case] = {
+    "parameters alone": fault(lambda: dict(trained().named_parameters()), "BN100"),
+    "statistics of one layer lost": fault(without("block1.bn2.running_mean", "block1.bn2.running_var"), "BN100"),
+    "variances lost": fault(without("running_var"), "BN100"),
+    "means lost": fault(without("running_mean"), "BN100"),
+    "moving average of the parameters": fault(
+        lambda: {"model": trained().state_dict(), "ema": dict(trained().named_parameters())}, "BN100"
+    ),
+    "loaded leniently and saved again": fault(loaded_leniently, "BN101"),
+    "trained in evaluation mode": fault(trained_in_evaluation_mode, "BN101"),
+    "momentum 0": fault(with_momentum_zero, "BN101"),
+    "one layer reset": fault(
+        edited(
+            block1__bn1__running_mean=filled(0.0),
+            block1__bn1__running_var=filled(1.0),
+            block1__bn1__num_batches_tracked=torch.zeros_like,
+        ),
+        "BN101",
+    ),
+    "never reached": fault(never_reached, "BN101"),
+    "an infinite input": fault(after_an_infinite_input, "BN102"),
+    "a negative variance": fault(edited(bn1__running_var=filled(-0.5, 3)), "BN102"),
+    "a variance below 0 by less than eps": fault(edited(bn1__running_var=filled(-1e-6, 3)), "BN102"),
+    "NaN in a mean": fault(edited(block2__bn2__running_mean=filled(torch.nan, 0, 7)), "BN102"),
+    "infinite variances": fault(edited(block2__bn1__running_var=filled(torch.inf)), "BN102"),
+    "a constant input": fault(edited(bn1__running_var=filled(0.0, 2)), "BN103"),
+    "weights that decayed before a layer": fault(edited(block1__bn1__running_var=filled(1e-9)), "BN103"),
+    "a huge weight": fault(edited(block1__bn2__weight=filled(4000.0, 1)), "BN103"),
+    "pruned channels": fault(edited(block1__bn1__weight=filled(0.0, 0, 5)), "BN104"),
+    "weights that decayed": fault(edited(bn1__weight=filled(1e-38, 1)), "BN104"),
+    "zero initialization that never trained": fault(zero_initialized, "BN104"),
+    "no counters": fault(without("num_batches_tracked"), "BN105"),
+    "no counters, against the metadata": fault(without("num_batches_tracked", metadata=True), "BN105"),
+    "counters of 0": fault(
+        lambda: {k: v * (not k.endswith("tracked")) for k, v in trained().state_dict().items()}, "BN105"
+    ),
+    "frozen for a while": fault(frozen_for_a_while, "BN105"),
+    "averaged counters": fault(averaged_counters, "BN105"),
+    "a negative counter": fault(edited(bn1__num_batches_tracked=filled(-1)), "BN105"),
+    "a block that is called three times": fault(called(3), "BN105"),
+    "a block that is called twice": fault(called(2), "BN106"),
+    "activation checkpointing": fault(recomputed, "BN106"),
+    "an auxiliary network that is called twice": fault(
+        lambda: (
+            {f"g.{k}": v for k, v in trained().state_dict().items()}
+            | {f"d.{k}": v for k, v in train(trained(), STEPS).state_dict().items()}
+        ),
+        "BN106",
+    ),
+    "float16": fault(lambda: trained().half().state_dict(), "BN107"),
+    "bfloat16": fault(lambda: trained().bfloat16().state_dict(), "BN107"),
+    "variances in float16": fault(half_of("running_var"), "BN107"),
+    "variances beyond float16": fault(with_large_inputs, "BN102", "BN107"),
+    "Keras' momentum": fault(with_keras_momentum(0.99), "BN001", "BN109"),
+    "TensorFlow's momentum": fault(with_keras_momentum(0.9), "BN001", "BN109"),
+    "Keras' eps and statistics": fault(with_keras_statistics, "BN001", "BN105", "BN109"),
+    "Keras' names": fault(with_keras_names, "BN109"),
+}
+
+
+def transformers_resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=4, hidden_sizes=[8, 12], depths=[2, 1], num_labels=4)
+    )
+
+
+def transformers_regnet() -> nn.Module:
+    from transformers import RegNetConfig, RegNetForImageClassification
+
+    sizes = {"embedding_size": 4, "hidden_sizes": [8, 12], "depths": [2, 1], "groups_width": 4}
+    return RegNetForImageClassification(RegNetConfig(**sizes, num_labels=4))
+
+
+def transformers_mobilenet_v1() -> nn.Module:
+    from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
+
+    return MobileNetV1ForImageClassification(MobileNetV1Config(depth_multiplier=0.1, num_labels=4))
+
+
+def transformers_mobilenet_v2() -> nn.Module:
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
+    return MobileNetV2ForImageClassification(MobileNetV2Config(**sizes, num_labels=4))
+
+
+def efficientnet() -> nn.Module:
+    from efficientnet_pytorch import EfficientNet
+
+    return EfficientNet.from_name("efficientnet-b0", num_classes=4, width_coefficient=0.1, image_size=32)
+
+
+def monai_densenet() -> nn.Module:
+    from monai.networks.nets.densenet import DenseNet
+
+    return DenseNet(2, 3, 4, init_features=8, growth_rate=4, block_config=(2, 2))
+
+
+def monai_resnet() -> nn.Module:
+    from monai.networks.nets.resnet import ResNet
+
+    return ResNet("basic", [1, 1, 1, 1], [4, 8, 8, 12], spatial_dims=2, n_input_channels=3, num_classes=4)
+
+
+def monai_unet() -> nn.Module:
+    from monai.networks.nets.unet import UNet
+
+    network = UNet(2, 3, 4, (4, 6, 8), (2, 2), num_res_units=2, norm="batch")
+    return nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+MODELS = (
+    transformers_resnet,
+    transformers_regnet,
+    efficientnet,
+    monai_densenet,
+    monai_resnet,
+    monai_unet,
+)
+MOBILENETS = (transformers_mobilenet_v1, transformers_mobilenet_v2)
+
+
+def of_a_library(make: Callable[[], nn.Module]) -> Callable[[], State]:
+    """A network of another library, with random weights, after a few steps."""
+
+    def state() -> State:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        with warnings.catch_warnings():
+            # their imports warn
+            warnings.simplefilter("ignore")
+            model = seeded(make)
+        return train(model, size=32, learning_rate=0.01).state_dict()
+
+    return state
+
+
+def other_normalization(layer: Callable[[int], nn.Module]) -> Callable[[], State]:
+    return lambda: trained(layer=layer).state_dict()
+
+
+def with_moving_average() -> State:
+    """Of a model and its average, whose counters differ."""
+    return {"model": trained().state_dict(), "ema": train(trained(), 1).state_dict(), "epoch": 3}
+
+
+def healthy(make: Callable[[], Any], *codes: str) -> Case:
+    """``codes``: of what is only information, and right."""
+    return Case(make, frozenset(codes))
+
+
+HEALTHY: dict[str, Case] = {
+    "trained": healthy(lambda: trained().state_dict()),
+    "untrained": healthy(lambda: seeded(Network).state_dict(), "BN101"),
+    "untrained, random weights": healthy(
+        lambda: {
+            key: torch.randn(value.shape) * 0.02 + 1 if "bn" in key and key.endswith("weight") else value
+            for key, value in seeded(Network).state_dict().items()
+        },
+        "BN101",
+    ),
+    "a whole model": healthy(trained, "BN001"),
+    "no affine": healthy(lambda: trained(layer=lambda c: nn.BatchNorm2d(c, affine=False)).state_dict()),
+    "no bias": healthy(lambda: trained(layer=lambda c: nn.BatchNorm2d(c, bias=False)).state_dict()),
+    "cumulative averages": healthy(lambda: trained(layer=lambda c: nn.BatchNorm2d(c, momentum=None)).state_dict()),
+    "model and moving average": healthy(with_moving_average),
+    "instance normalization": healthy(other_normalization(nn.InstanceNorm2d)),
+    "group normalization": healthy(other_normalization(lambda c: nn.GroupNorm(2, c).requires_grad_(True))),
+    "no normalization": healthy(lambda: nn.Linear(3, 2).state_dict()),
+    "nothing": healthy(dict),
+    **{make.__name__: healthy(of_a_library(make)) for make in MODELS},
+    # their variances are small, since their initial weights are, and a state dict does not tell their eps of 1e-3
+    **{make.__name__: healthy(of_a_library(make), "BN103") for make in MOBILENETS},
+}
+
+
+def write(case: Case, folder: Path) -> Path:
+    """As a file of torch."""
+    path = folder / "checkpoint.pth"
+    torch.save(case.make(), path)
+    return path
