@@ -76,7 +76,9 @@ def fixed(
         check_path(checkpoint, out, chosen["force"])
     announce(*codes(factory, data, chosen["statistics"]))
     repaired = run(checkpoint, factory, data, batch_size, rules, wanted, chosen)
-    if not chosen["diff"]:
+    if not repaired.comparison.changed:
+        click.echo("nothing is repaired, so nothing is written", err=True)
+    elif not chosen["diff"]:
         for path in repaired.save(out, force=chosen["force"]):
             click.echo(f"wrote {path}", err=True)
         if out.suffix == SAFETENSORS:
@@ -112,6 +114,7 @@ def run(
     chosen: Mapping[str, Any],
 ) -> "Repair":
     """Repair; what the user's code prints goes to standard error, and what it raises is one line."""
+    from batchnorm.cli.examining import check_model
     from batchnorm.cli.inputs import open_inputs
     from batchnorm.cli.user_code import UserCodeError, build_model, place
     from batchnorm.doctor.repair import repair
@@ -121,6 +124,8 @@ def run(
     statistics = None if chosen["statistics"] is None else given_statistics(chosen["statistics"])
     model = None if factory is None else build_model(factory)
     loader = None if data is None else open_inputs(data, batch_size)
+    if model is not None and loader is not None and factory is not None:
+        check_model(model, loader, factory)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return repair(
