@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from batchnorm import errors, functional, insight, nn, reference, statistics, surgery
     from batchnorm.doctor.examine import examine
+    from batchnorm.doctor.measure_tensorflow import measure_tensorflow
     from batchnorm.doctor.repair import repair
     from batchnorm.environment import describe_environment
     from batchnorm.insight import memory_report
@@ -45,6 +46,7 @@ __all__ = [
     "insight",
     "keep_float32",
     "load_state_dict",
+    "measure_tensorflow",
     "memory_report",
     "merge_running_stats",
     "nn",
@@ -72,6 +74,7 @@ HOME = {
     "freeze": "batchnorm.statistics",
     "keep_float32": "batchnorm.statistics",
     "load_state_dict": "batchnorm.statistics",
+    "measure_tensorflow": "batchnorm.doctor.measure_tensorflow",
     "memory_report": "batchnorm.insight",
     "merge_running_stats": "batchnorm.statistics",
     "normalize_by": "batchnorm.statistics",

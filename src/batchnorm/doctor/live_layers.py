@@ -83,6 +83,8 @@ def stored(name: str, tensor: Tensor) -> StoredTensor:
 
 def copied(tensor: Tensor) -> np.ndarray:
     tensor = tensor.cpu()
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64).numpy()
     # NumPy has no bfloat16 and no float8
     narrow = tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64)
     return np.array(tensor.float().numpy() if narrow else tensor.numpy())

@@ -15,7 +15,6 @@ from batchnorm.doctor.fixes.result import (
     UNSAFE,
     Options,
     Repair,
-    compared,
     lost_parameters,
     outcome_of,
     settled,
@@ -101,13 +100,13 @@ def shown_by_running(
     """
     if model is None or options.loader is None or before.format not in OF_TORCH:
         return "by arithmetic: the statistics have the same values, and evaluation does not use counters"
-    from batchnorm.doctor.fixes.model import BOUND, difference
+    from batchnorm.doctor.fixes.model import difference
 
     models = [load_into(model, each, broken).model for each in (before, after)]
-    worst, largest = difference(models[0], models[1], options.loader, options.call)
-    if worst > BOUND * largest:
-        raise RuntimeError(f"safe repairs changed outputs of up to {largest:.2g} by {worst:.2g}: please report this")
-    return compared(worst, largest)
+    found = difference(models[0], models[1], options.loader, options.call)
+    if found.worst > found.bound:
+        raise RuntimeError(f"safe repairs changed the evaluation output by {found.worst:.2g}: please report this")
+    return str(found)
 
 
 def with_conventions(work: Checkpoint, broken: set[str], options: Options) -> tuple[Checkpoint, list[Outcome]]:

@@ -8,7 +8,7 @@ from torch import nn
 from batchnorm.doctor.changes import compare
 from batchnorm.doctor.examine import examine
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.fixes.model import BOUND, SAFE, TURNING, difference
+from batchnorm.doctor.fixes.model import SAFE, TURNING, difference
 from batchnorm.doctor.fixes.outcome import Action, Outcome, left, refused
 from batchnorm.doctor.fixes.result import (
     MEASURED,
@@ -16,7 +16,6 @@ from batchnorm.doctor.fixes.result import (
     UNSAFE,
     Options,
     Repair,
-    compared,
     outcome_of,
     settled,
     wanted_by_code,
@@ -56,10 +55,10 @@ def proved(
     """The copy if it computes what the model does; else another copy, without the safe repairs."""
     if options.loader is None:
         return work, outcomes, "by arithmetic; with a loader both are run and compared"
-    worst, largest = difference(model, work, options.loader, options.call)
-    if worst <= BOUND * largest:
-        return work, outcomes, compared(worst, largest)
-    why = f"undone: it changed the evaluation output by up to {worst:.2g}"
+    found = difference(model, work, options.loader, options.call)
+    if found.worst <= found.bound:
+        return work, outcomes, str(found)
+    why = f"undone: it changed the evaluation output by up to {found.worst:.2g}"
     undone = [dataclasses.replace(each, action=Action.REFUSED, what=why, safe=None) for each in outcomes]
     return copy.deepcopy(model), undone, ""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from glob import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,23 @@ from batchnorm.doctor.fixes.outcome import Outcome, fixed, refused
 from batchnorm.doctor.fixes.tensors import usual_counter
 from batchnorm.doctor.live_layers import live_layers
 from batchnorm.statistics import freeze, keep_float32
+from batchnorm.statistics.layers import LAYERS
 from batchnorm.statistics.measuring import evaluating
 from batchnorm.statistics.recalibrate import call_with_input
 from batchnorm.surgery import convert
 
-# of the largest output: rounding of another kernel, or of a mean that took a bias in, through a deep network
-BOUND = 1e-4
+# of the largest output: rounding of another kernel, or of a mean that took a bias in, through a deep network; or so
+# many units in the last place where that is more, in half precision
+BOUND, ROUNDINGS = 1e-4, 8
 
 
 def keep_wide(model: Any, findings: Sequence[Finding], batches: int | None) -> list[Outcome]:
     """BN107."""
     for finding in findings:
         layer = model.get_submodule(finding.layer)
-        keep_float32(layer)
-        # a layer that is none of torch's or ours
+        if isinstance(layer, LAYERS):
+            keep_float32(layer)
+            continue
         for role in STATISTICS:
             setattr(layer, role, getattr(layer, role).float())
     return [fixed(finding, "float32, and stays so", safe=True) for finding in findings]
@@ -105,14 +108,33 @@ SAFE: dict[str, Fix] = {
 TURNING: dict[str, Fix] = {"BN202": turn_momentum}
 
 
+class Difference(NamedTuple):
+    """Of the outputs of two models.
+
+    Attributes:
+        worst: the largest difference; infinite if what is finite in one is not in the other.
+        largest: the largest output.
+        bound: the largest difference that rounding explains.
+    """
+
+    worst: float
+    largest: float
+    bound: float
+
+    def __str__(self) -> str:
+        if self.worst == 0:
+            return "by running both on the first item of the data: their outputs are equal"
+        return (
+            f"by running both on the first item of the data: outputs up to {self.largest:.3g} differ by at most "
+            f"{self.worst:.2g}, where {self.bound:.2g} is the bound"
+        )
+
+
 @torch.no_grad()
 def difference(
     before: nn.Module, after: nn.Module, loader: Iterable[Any], call: Callable[[nn.Module, Any], Any] | None
-) -> tuple[float, float]:
-    """The largest difference of the outputs of two models in evaluation, on the first item, and the largest output.
-
-    What is not finite in one has to be so in the other; otherwise the difference is infinite.
-    """
+) -> Difference:
+    """Run two models in evaluation on the first item."""
     call = call or call_with_input
     item = next(iter(loader), None)
     if item is None:
@@ -120,16 +142,17 @@ def difference(
     outputs = []
     for model in (before, after):
         with evaluating(model):
-            outputs.append([leaf.double() for leaf in tree_leaves(call(model, item)) if is_real(leaf)])
+            outputs.append([leaf for leaf in tree_leaves(call(model, item)) if is_real(leaf)])
     worst = largest = 0.0
+    rounding = [torch.finfo(leaf.dtype).eps for leaf in outputs[0] if leaf.is_floating_point()]
     for one, other in zip(*outputs, strict=True):
         usable = one.isfinite()
         if not torch.equal(usable, other.isfinite()):
-            return float("inf"), 0.0
+            return Difference(float("inf"), 0.0, 0.0)
         if usable.any():
-            worst = max(worst, float((one - other)[usable].abs().max()))
-            largest = max(largest, float(one[usable].abs().max()))
-    return worst, largest
+            one, other = one[usable].double(), other[usable].double()
+            worst, largest = max(worst, float((one - other).abs().max())), max(largest, float(one.abs().max()))
+    return Difference(worst, largest, largest * max(BOUND, ROUNDINGS * max(rounding, default=0.0)))
 
 
 def is_real(leaf: object) -> bool:

@@ -130,19 +130,15 @@ def outcome_of(finding: Finding, measured: Measured | None, why: str) -> Outcome
 
 
 def settled(outcomes: list[Outcome], before: Examination, after: Examination) -> list[Outcome]:
-    """In the order of the findings; what is still found afterwards is not called fixed."""
+    """In the order of the findings; what is still found is not called fixed, and what is gone is not called left."""
     still = {(finding.code, finding.layer) for finding in after.findings}
     places = {(finding.code, finding.layer): index for index, finding in enumerate(before.findings)}
-    checked = [
-        replace(each, action=Action.REFUSED, what=f"{each.what}, but it is still found")
-        if each.action is Action.FIXED and (each.code, each.layer) in still
-        else each
-        for each in outcomes
-    ]
+    checked = []
+    for each in outcomes:
+        found = (each.code, each.layer) in still
+        if each.action is Action.FIXED and found:
+            each = replace(each, action=Action.REFUSED, what=f"{each.what}, but it is still found")
+        elif each.action is Action.LEFT and not found:
+            each = replace(each, action=Action.FIXED, what="gone with the other repairs")
+        checked.append(each)
     return sorted(checked, key=lambda each: places.get((each.code, each.layer), len(places)))
-
-
-def compared(worst: float, largest: float) -> str:
-    if worst == 0:
-        return "by running both on the first item of the data: their outputs are equal"
-    return f"by running both on the first item of the data: outputs up to {largest:.3g} differ by at most {worst:.2g}"

@@ -74,11 +74,14 @@ def load_into(model: "nn.Module", checkpoint: Checkpoint, broken: Iterable[str])
 
 def with_layers_of(model: "nn.Module", checkpoint: Checkpoint) -> Checkpoint:
     """The same with layers that the model has, and that nothing in the file alone shows to be batch normalization."""
-    from batchnorm.doctor.live_layers import live_layers
+    from batchnorm.doctor.live_layers import live_layer, normalizes
 
     prefix = prefix_of(model.state_dict(), checkpoint)
     known, layers = {layer.path for layer in checkpoint.layers}, list(checkpoint.layers)
-    for live in live_layers(model):
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not normalizes(module):
+            continue
+        live = live_layer(name, module)
         path = f"{prefix}{live.path}" if live.path else prefix.removesuffix(".")
         names = {role: f"{prefix}{tensor.name}" for role, tensor in live.tensors.items()}
         tensors = {role: checkpoint.tensors[name] for role, name in names.items() if name in checkpoint.tensors}
