@@ -21,7 +21,7 @@ def words(text: str) -> list[str]:
 
 @pytest.mark.parametrize("section", ["In TensorFlow", "In PyTorch"])
 def test_accuracy_is_lost_with_the_statistics_and_comes_back_with_the_repair(section: str, tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(TESTS / "tutorial_driver.py"), str(PAGE), section]
     run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
