@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -357,3 +359,56 @@ def read_layers(state: Any) -> Any:
 def test_what_does_not_go_together_is_said_in_a_line(options: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         batchnorm.repair(**options)
+
+
+def test_of_two_state_dicts_the_first_is_measured_and_the_other_is_named(tmp_path: Path):
+    lost = without_statistics(trained().state_dict())
+    repaired = measured(save(tmp_path / "net.pt", {"model": lost, "average": dict(lost)}), select="BN100")
+    found = {layer: action for _, layer, action in actions(repaired)}
+    assert found == {"model.bn1": "fixed", "model.bn2": "fixed", "average.bn1": "refused", "average.bn2": "refused"}
+    assert {each.what for each in repaired.outcomes if each.action is Action.REFUSED} == {
+        "the model is that of another part of the file"
+    }
+    (path,) = repaired.save(tmp_path / "new.pt")
+    assert torch.load(path)["average"].keys() == lost.keys()
+
+
+def test_a_model_that_was_saved_whole_is_repaired_without_running_it(tmp_path: Path):
+    network = trained()
+    network.bn1.running_mean = network.bn1.running_mean.half()
+    repaired = repair(save(tmp_path / "whole.pt", network), select="BN107")
+    (path,) = repaired.save(tmp_path / "new.safetensors")
+    assert make().load_state_dict(safetensors.torch.load_file(path), strict=False).unexpected_keys == []
+    with pytest.raises(DataError, match=r"whole\.pt holds an object of small_network\.Network"):
+        repaired.save(tmp_path / "new.pt")
+    assert sorted(os.listdir(tmp_path)) == ["new.safetensors", "whole.pt"]
+
+
+def test_shards_become_one_file(tmp_path: Path):
+    state = {name: value.bfloat16() if "running" in name else value for name, value in trained().state_dict().items()}
+    parts = {"a.safetensors": {}, "b.safetensors": {}}
+    for index, (name, value) in enumerate(state.items()):
+        parts["ab"[index % 2] + ".safetensors"][name] = value
+    for name, part in parts.items():
+        safetensors.torch.save_file(part, tmp_path / name)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    repaired = repair(tmp_path / "model.safetensors.index.json")
+    (path,) = repaired.save(tmp_path / "new.safetensors")
+    for name, value in safetensors.torch.load_file(path).items():
+        assert torch.equal(value, state[name].to(value.dtype))
+    with pytest.raises(DataError, match=r"new\.pt: .* is written as \.safetensors alone"):
+        repaired.save(tmp_path / "new.pt")
+
+
+def test_a_keras_file_is_written_as_safetensors(tmp_path: Path):
+    source = FILES / "keras3.weights.h5"
+    before = {layer.path: layer for layer in read(source).layers}
+    repaired = repair(source, eps_from=1e-3, eps_to=1e-5, unsafe=True)
+    (path,) = repaired.save(tmp_path / "new.safetensors")
+    written = safetensors.numpy.load_file(path)
+    for layer in before.values():
+        name = layer.tensors["running_var"].name
+        np.testing.assert_allclose(written[name], layer.values("running_var") + 1e-3 - 1e-5, rtol=1e-6)
+    with pytest.raises(DataError, match=r"is written as \.safetensors alone"):
+        repaired.save(tmp_path / "new.h5")

@@ -82,13 +82,13 @@ def with_values(checkpoint: Checkpoint, values: Values) -> Checkpoint:
 
 
 def name_of(layer: Layer, role: str, layers: list[Layer]) -> str:
-    """Of a tensor that is not there: as another layer calls it, else as the framework does."""
-    for other in layers:
-        tensor = other.tensors.get(role)
-        if tensor is not None and tensor.name.startswith(other.path):
-            ending = tensor.name[len(other.path) :]
-            return f"{layer.path}{ending}" if layer.path and other.path else f"{layer.path}{ending}".lstrip("./")
+    """Of a tensor that is not there: as the framework calls it, or in TensorFlow as it is called in another layer."""
     if layer.framework == "torch":
         return f"{layer.path}.{role}" if layer.path else role
+    if layer.framework == "tensorflow":
+        for other in layers:
+            tensor = other.tensors.get(role)
+            if tensor is not None and other.path and tensor.name.startswith(f"{other.path}/"):
+                return f"{layer.path}{tensor.name[len(other.path) :]}".lstrip("/")
     theirs = {"running_mean": "moving_mean", "running_var": "moving_variance"}[role]
     return f"{layer.path}/{theirs}" if layer.path else theirs

@@ -125,7 +125,11 @@ def measure(
     """
     from batchnorm.statistics.recalibrate import call_with_input, recalibrate
 
-    names = {path: path[len(loaded.prefix) :] for path in paths}
+    every = list(paths)
+    names = {path: path[len(loaded.prefix) :] for path in every if f"{path}.".startswith(loaded.prefix)}
+    problems = {path: "the model is that of another part of the file" for path in every if path not in names}
+    if not names:
+        return Measured({}, {}, problems)
     modules = {path: loaded.model.get_submodule(name) for path, name in names.items()}
     # a layer in several places of the model is measured under its first name
     own = {module: name for name, module in loaded.model.named_modules()}
@@ -133,7 +137,7 @@ def measure(
     call = call or call_with_input
     result = recalibrate(loaded.model, loader, layers=patterns, layer_by_layer=True, call=call)
     state = loaded.model.state_dict()
-    measured = Measured({}, {}, {})
+    measured = Measured({}, {}, problems)
     for path, module in modules.items():
         if (first := own[module]) in result.counts:
             keys = {role: f"{names[path]}.{role}".lstrip(".") for role in (*STATISTICS, COUNTER)}
