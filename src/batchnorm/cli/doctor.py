@@ -181,8 +181,9 @@ def write(found: "Examination", output_format: str, output: Path | None) -> None
         write_atomic(output, text.encode("utf-8", "backslashreplace"))
         click.echo(f"wrote {output}", err=True)
     if output is not None or output_format != "text":
-        missing = f"; not run: {not_run(found.not_run)}" if found.not_run else ""
-        click.echo(f"{summary(found)}{missing}", err=True)
+        click.echo(summary(found), err=True)
+    if output_format == "concise" and found.not_run:
+        click.echo(f"not run: {not_run(found.not_run)}", err=True)
 
 
 def terminal() -> dict[str, Any]:
