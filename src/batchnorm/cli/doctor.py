@@ -74,13 +74,14 @@ def doctor(
     from batchnorm.cli.examining import examine_code, examine_file, is_code
     from batchnorm.cli.outputs import check_output
 
-    check_options(ctx, is_code(target), data)
+    code = is_code(target)
+    check_options(ctx, code, data)
     if output is not None:
         check_output(output, Path(target), force=True)
     settings = replaced(find_settings(Path.cwd()), chosen)
     known = None if baseline is None else read_baseline(baseline)
     rules = settings.select, settings.ignore
-    if is_code(target):
+    if code:
         found = examine_code(target, data, batch_size, *rules)
     else:
         found = examine_file(target, factory, data, batch_size, *rules)
