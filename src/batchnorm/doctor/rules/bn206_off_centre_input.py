@@ -36,14 +36,13 @@ from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
 from batchnorm.doctor.rules.values import plain
 
-LIMIT = 1e3
 LOSS = 1e-5
 GRAVE_LOSS = 1e-3
 
 
 def check(subject: Subject) -> Iterator[Finding]:
     """One finding for each layer."""
-    from batchnorm.doctor.live_data import sample_of
+    from batchnorm.doctor.live_data import OFF_CENTRE, sample_of
 
     for name, use in sample_of(subject).uses.items():
         if use.loss is None or not use.loss > LOSS:
@@ -56,7 +55,7 @@ def check(subject: Subject) -> Iterator[Finding]:
             f"A channel of its input has a mean of {use.off_centre:.2g} standard deviations. Normalizing it loses "
             f"digits: the output is wrong by up to {use.loss:.2g} standard deviations.",
             measured={"mean_by_std": plain(use.off_centre), "loss": plain(use.loss)},
-            threshold={"mean_by_std": LIMIT, "loss": LOSS},
+            threshold={"mean_by_std": OFF_CENTRE, "loss": LOSS},
             remedy="Subtract the offset before the layer; batchnorm.convert(model) keeps the digits that are there.",
             safe=True,
         )
