@@ -130,12 +130,13 @@ def explain_gap(
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))
         >>> batches = [torch.randn(64, 2) + 5 for _ in range(3)]
-        >>> for batch in batches:
+        >>> for batch in 40 * batches:
         ...     _ = model(batch)
+        >>> _ = model[1].weight.data.mul_(3)
         >>> for layer in explain_gap(model, batches).layers:
         ...     print(layer.name, layer.cause)
-        0 initial values left over
-        2 initial values left over
+        2 stale average
+        0 sampling noise
     """
     layers = layers_with_a_gap(model)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
