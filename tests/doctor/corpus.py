@@ -1,24 +1,23 @@
 """Checkpoints with faults that are known, and healthy ones: what rules are measured on.
 
-``FAULTS`` and ``HEALTHY`` map a name to a :class:`Case`; ``write`` puts its contents into a file as users would. Faults
-are made the way they arise, where that takes no more than a few lines: by training with an infinite input, under
-activation checkpointing, by ``half()``.
+``FAULTS``, ``HEALTHY`` and ``FALSE_POSITIVES`` map a name to a :class:`Case`; ``write`` puts its contents into a file
+as users would. Faults are made the way they arise, where that takes no more than a few lines: by training with an
+infinite input, under activation checkpointing, by ``half()``.
 """
 
 import copy
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from doctor.networks import MOBILENETS, MODELS, STEPS, Network, seeded, train, trained
 
 State = dict[str, Any]
-STEPS = 12
 
 
 class Case(NamedTuple):
@@ -26,79 +25,6 @@ class Case(NamedTuple):
 
     make: Callable[[], Any]
     codes: frozenset[str]
-
-
-class Block(nn.Module):
-    """Residual, of two layers; ``calls`` runs it again on its output."""
-
-    def __init__(self, channels: int, layer: Callable[..., nn.Module]) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = layer(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = layer(channels)
-        self.calls, self.recomputed = 1, False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.calls):
-            x = checkpoint(self.body, x, use_reentrant=False) if self.recomputed else self.body(x)
-        return x
-
-    def body(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-
-
-class Network(nn.Module):
-    """Five BN layers: bn1, block1.bn1, block1.bn2, block2.bn1, block2.bn2."""
-
-    def __init__(self, layer: Callable[..., nn.Module] = nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn1 = layer(8)
-        self.block1, self.block2 = Block(8, layer), Block(8, layer)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.block2(self.block1(x)).mean((2, 3)))
-
-
-def train(model: nn.Module, steps: int = STEPS, size: int = 6, learning_rate: float = 0.02) -> nn.Module:
-    """A few steps on noise whose mean tells the class."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], learning_rate, momentum=0.9)
-    for _ in range(steps):
-        labels = torch.randint(4, (16,), generator=generator)
-        x = torch.randn(16, 3, size, size, generator=generator) + labels.view(-1, 1, 1, 1) - 1.5
-        output = model(x)
-        loss = nn.functional.cross_entropy(getattr(output, "logits", output), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make()
-
-
-def as_it_is(model: Network) -> None:
-    pass
-
-
-def trained(
-    prepare: Callable[[Network], object] = as_it_is, layer: Callable[..., nn.Module] = nn.BatchNorm2d
-) -> Network:
-    return copy.deepcopy(trained_once(prepare, layer))
-
-
-@cache
-def trained_once(prepare: Callable[[Network], object], layer: Callable[..., nn.Module]) -> Any:
-    model: Any = seeded(lambda: Network(layer))
-    prepare(model)
-    return train(model)
 
 
 def edited(**changes: Callable[[Tensor], Tensor]) -> Callable[[], State]:
@@ -293,70 +219,6 @@ FAULTS: dict[str, Case] = {
 }
 
 
-def transformers_resnet() -> nn.Module:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    return ResNetForImageClassification(
-        ResNetConfig(embedding_size=4, hidden_sizes=[8, 12], depths=[2, 1], num_labels=4)
-    )
-
-
-def transformers_regnet() -> nn.Module:
-    from transformers import RegNetConfig, RegNetForImageClassification
-
-    sizes = {"embedding_size": 4, "hidden_sizes": [8, 12], "depths": [2, 1], "groups_width": 4}
-    return RegNetForImageClassification(RegNetConfig(**sizes, num_labels=4))
-
-
-def transformers_mobilenet_v1() -> nn.Module:
-    from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
-
-    return MobileNetV1ForImageClassification(MobileNetV1Config(depth_multiplier=0.1, num_labels=4))
-
-
-def transformers_mobilenet_v2() -> nn.Module:
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
-    return MobileNetV2ForImageClassification(MobileNetV2Config(**sizes, num_labels=4))
-
-
-def efficientnet() -> nn.Module:
-    from efficientnet_pytorch import EfficientNet
-
-    return EfficientNet.from_name("efficientnet-b0", num_classes=4, width_coefficient=0.1, image_size=32)
-
-
-def monai_densenet() -> nn.Module:
-    from monai.networks.nets.densenet import DenseNet
-
-    return DenseNet(2, 3, 4, init_features=8, growth_rate=4, block_config=(2, 2))
-
-
-def monai_resnet() -> nn.Module:
-    from monai.networks.nets.resnet import ResNet
-
-    return ResNet("basic", [1, 1, 1, 1], [4, 8, 8, 12], spatial_dims=2, n_input_channels=3, num_classes=4)
-
-
-def monai_unet() -> nn.Module:
-    from monai.networks.nets.unet import UNet
-
-    network = UNet(2, 3, 4, (4, 6, 8), (2, 2), num_res_units=2, norm="batch")
-    return nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-MODELS = (
-    transformers_resnet,
-    transformers_regnet,
-    efficientnet,
-    monai_densenet,
-    monai_resnet,
-    monai_unet,
-)
-MOBILENETS = (transformers_mobilenet_v1, transformers_mobilenet_v2)
-
-
 def of_a_library(make: Callable[[], nn.Module]) -> Callable[[], State]:
     """A network of another library, with random weights, after a few steps."""
 
@@ -407,6 +269,29 @@ HEALTHY: dict[str, Case] = {
     **{make.__name__: healthy(of_a_library(make)) for make in MODELS},
     # their variances are small, since their initial weights are, and a state dict does not tell their eps of 1e-3
     **{make.__name__: healthy(of_a_library(make), "BN103") for make in MOBILENETS},
+}
+
+
+def with_absorbed_statistics() -> State:
+    """Frozen layers as affine maps: what detectron2 makes of models of Caffe2."""
+    state = {}
+    for key, value in trained().state_dict().items():
+        if key.endswith("running_mean"):
+            state[key] = torch.zeros_like(value)
+        elif key.endswith("running_var"):
+            state[key] = torch.ones_like(value)
+        elif not key.endswith("num_batches_tracked"):
+            state[key] = value
+    return state
+
+
+# healthy, and yet found: no file tells them from faulty ones
+FALSE_POSITIVES: dict[str, Case] = {
+    "built without statistics": fault(
+        lambda: trained(layer=lambda c: nn.BatchNorm2d(c, track_running_stats=False)).state_dict(), "BN100"
+    ),
+    "frozen layers that absorbed their statistics": fault(with_absorbed_statistics, "BN101", "BN105"),
+    "half precision for inference": fault(lambda: trained().half().state_dict(), "BN107"),
 }
 
 

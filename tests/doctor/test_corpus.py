@@ -9,7 +9,7 @@ from batchnorm.doctor.catalogue import RULES
 from batchnorm.doctor.examine import Examination, examine
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.rule import Needs
-from doctor.corpus import FAULTS, HEALTHY, Case, write
+from doctor.corpus import FALSE_POSITIVES, FAULTS, HEALTHY, Case, write
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,13 @@ def test_a_healthy_file_has_no_faults(case: Case, tmp_path: Path):
     result = examine(write(case, tmp_path))
     assert codes(result) == case.codes
     assert all(finding.severity == Severity.INFO for finding in result.findings if finding.code >= "BN1")
+
+
+@pytest.mark.parametrize("case", FALSE_POSITIVES.values(), ids=FALSE_POSITIVES)
+def test_a_known_false_positive_is_never_certain_and_an_error(case: Case, tmp_path: Path):
+    result = examine(write(case, tmp_path))
+    assert codes(result) == case.codes
+    assert all((finding.severity, finding.confidence) != (Severity.ERROR, "certain") for finding in result.findings)
 
 
 def test_every_rule_about_values_has_three_faults():

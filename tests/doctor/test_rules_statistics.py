@@ -12,8 +12,8 @@ from torch import nn
 from batchnorm.doctor.checkpoint import Checkpoint
 from batchnorm.doctor.examine import examine
 from batchnorm.doctor.finding import Severity
-from doctor.corpus import Network, seeded, trained
 from doctor.layers_by_hand import findings_of, make_layer
+from doctor.networks import Network, seeded, trained
 
 LOST = {"running_mean": None, "running_var": None, "num_batches_tracked": None}
 NEW = {"running_mean": [0.0, 0.0], "running_var": [1.0, 1.0], "num_batches_tracked": 0}

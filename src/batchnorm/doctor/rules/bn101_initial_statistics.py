@@ -137,7 +137,7 @@ def consequence(spreads: np.ndarray, eps: float) -> str:
             "Evaluation does not normalize here: a channel whose inputs have standard deviation s comes out s times as "
             "large as in training."
         )
-    factors = spreads / np.sqrt(1 + eps)
+    factors = np.sqrt((spreads**2 + eps) / (1 + eps))
     return (
         f"Evaluation does not normalize here: if its inputs spread like those of the {spreads.size} other layers, "
         f"outputs are {np.median(factors):.3g} times as large as in training ({span(factors)} over these layers)."
