@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from batchnorm import errors, functional, insight, nn, reference, statistics, surgery
     from batchnorm.doctor.examine import examine
     from batchnorm.environment import describe_environment
-    from batchnorm.insight import memory_report
+    from batchnorm.insight import explain_gap, memory_report
     from batchnorm.nn import explain
     from batchnorm.statistics import (
         assert_unchanged,
@@ -38,6 +38,7 @@ __all__ = [
     "errors",
     "examine",
     "explain",
+    "explain_gap",
     "fold",
     "freeze",
     "functional",
@@ -66,6 +67,7 @@ HOME = {
     "describe_environment": "batchnorm.environment",
     "examine": "batchnorm.doctor.examine",
     "explain": "batchnorm.nn",
+    "explain_gap": "batchnorm.insight",
     "fold": "batchnorm.surgery",
     "freeze": "batchnorm.statistics",
     "keep_float32": "batchnorm.statistics",

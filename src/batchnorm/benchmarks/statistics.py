@@ -11,14 +11,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from batchnorm.benchmarks.correctness import another_function
 from batchnorm.benchmarks.peers import OURS, TORCH, WITHOUT, PeerUnavailableError
 from batchnorm.benchmarks.run import Record, as_microseconds
-from batchnorm.benchmarks.steps import BATCH, SIZE, resnet18, training_step
+from batchnorm.benchmarks.steps import SIZE, resnet18, training_step
 from batchnorm.benchmarks.timing import time_in_turn, watch_others
 from batchnorm.statistics import deferred_stats, recalibrate
 from batchnorm.surgery import convert, fold
 
 SUITE = "statistics"
 RECALIBRATION, DEFERRAL, FOLDING = "recalibrate", "deferred_stats", "fold"
-BATCHES = 3
+BATCHES, BATCH = 2, 8
 
 Calls = dict[str, Callable[[], Any]]
 

@@ -1,7 +1,7 @@
 """Runs the rules of the catalogue on a file, a state dict or a live model."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,8 @@ def examine(
     subject = subject_of(target)
     if subject.model is None and (loader is not None or optimizer is not None):
         raise TypeError(f"a loader or an optimizer needs a model, but the target is a {type(target).__name__}")
-    if loader is not None and iter(loader) is loader:
+    # iter(loader) is loader would draw a random number of a DataLoader
+    if isinstance(loader, Iterator):
         raise ValueError("the loader can be iterated only once, but rules iterate it several times: pass a list")
     subject.loader, subject.optimizer, subject.call = loader, optimizer, call
     findings: list[Finding] = []
@@ -130,6 +131,9 @@ def subject_of(target: Any) -> Subject:
 
     from batchnorm.doctor.live_layers import live_layers, read_state
 
+    # what torch.export made, by name: to import torch.export takes long
+    if type(target).__name__ == "ExportedProgram":
+        target = target.module()
     if isinstance(target, nn.Module):
         return Subject(type(target).__name__, live_layers(target), model=target)
     if isinstance(target, Mapping):

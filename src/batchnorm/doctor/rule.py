@@ -34,6 +34,7 @@ class Subject:
         loader: yields inputs, or tuples that begin with one; iterated as often as rules need it.
         optimizer: that trains the model.
         call: runs the model on an item of the loader.
+        kept: what one rule measured and others read, by name.
     """
 
     source: str
@@ -43,12 +44,21 @@ class Subject:
     loader: Iterable[Any] | None = None
     optimizer: "optim.Optimizer | None" = None
     call: "Callable[[nn.Module, Any], Any] | None" = None
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def given(self) -> set[Needs]:
         """What the rules can count on; layers are there in any case."""
         parts = {Needs.MODEL: self.model, Needs.DATA: self.loader, Needs.OPTIMIZER: self.optimizer}
-        return {Needs.FILE, *(need for need, part in parts.items() if part is not None)}
+        found = {Needs.FILE, *(need for need, part in parts.items() if part is not None)}
+        return found | {Needs.RANKS} if self.model is not None and has_ranks() else found
+
+
+def has_ranks() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @dataclass(frozen=True)

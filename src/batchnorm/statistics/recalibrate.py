@@ -144,6 +144,18 @@ def recalibrate(
     )  # fmt: skip
 
 
+@torch.no_grad()
+def measure(
+    model: nn.Module, loader: Iterable[Any], *, call: Callable[[nn.Module, Any], Any] = call_with_input
+) -> dict[str, Moments]:
+    """What :func:`recalibrate` would measure, without storing it: by layer, in the order of execution.
+
+    Frozen layers are left out. Under ``torch.distributed`` all processes must call it.
+    """
+    chosen, _ = layers_to_measure(model, "*")
+    return measure_once(model, chosen, Feed(loader, call, None, None), None, False, None)
+
+
 def check_options(
     loader: Iterable[Any], estimator: str, layer_by_layer: bool, tolerance: float | None, max_samples: int | None
 ) -> None:

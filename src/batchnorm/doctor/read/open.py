@@ -6,10 +6,13 @@ from pathlib import Path
 
 from batchnorm.doctor.checkpoint import Checkpoint
 from batchnorm.doctor.read.faults import Faults
+from batchnorm.doctor.read.keras import read_keras
 from batchnorm.doctor.read.safetensors import read_safetensors
+from batchnorm.doctor.read.saved_model import read_saved_model
 from batchnorm.doctor.read.shards import read_index
 from batchnorm.doctor.read.source import Source, shown
 from batchnorm.doctor.read.table import Table
+from batchnorm.doctor.read.tensorflow import read_tensorflow
 from batchnorm.doctor.read.torch_legacy import MAGIC, read_pickle, read_torch_legacy, read_torch_tar
 from batchnorm.doctor.read.torch_zip import read_torch_zip
 from batchnorm.doctor.read.zip_directory import read_directory
@@ -28,7 +31,7 @@ IN_FOLDERS = (
 KERAS_MEMBERS = {"config.json", "model.weights.h5"}
 # the last bytes of a table of LevelDB, which TensorFlow's .index files are
 LEVELDB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
-TENSORFLOW_DATA = re.compile(r"\.data-\d{5}-of-\d{5}$")
+TENSORFLOW_PART = re.compile(r"\.(meta|data-\d{5}-of-\d{5})$")
 HTML = (b"<!doctype html", b"<html", b"<?xml")
 REFUSED = (
     (b"\x1f\x8b", "is compressed with gzip; unpack it first, for example with gunzip"),
@@ -75,6 +78,8 @@ def read(path: str | Path) -> Checkpoint:
         return read_folder(place)
     if not place.exists() and place.with_name(f"{place.name}.index").is_file():
         return read_elsewhere("TensorFlow checkpoint", path)
+    if place.name == "saved_model.pb":
+        return read_elsewhere("SavedModel", path)
     source = Source(path)
     kind = kind_of(source)
     if kind == "index":
@@ -86,8 +91,9 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def read_elsewhere(kind: str, path: str | Path) -> Checkpoint:
-    """The place of the readers for "TensorFlow checkpoint", "SavedModel" and "Keras file"."""
-    raise DataError(f"{path}: is a {kind}, which is not read yet; {EXPECTED}")
+    """The formats of TensorFlow and Keras: a "TensorFlow checkpoint", a "SavedModel" or a "Keras file"."""
+    readers = {"TensorFlow checkpoint": read_tensorflow, "SavedModel": read_saved_model, "Keras file": read_keras}
+    return readers[kind](path)
 
 
 def read_folder(folder: Path) -> Checkpoint:
@@ -143,7 +149,7 @@ def kind_of(source: Source) -> str:
         return "torch tar"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
         return "safetensors"
-    if source.read(max(0, source.size - 8), min(8, source.size)) == LEVELDB or TENSORFLOW_DATA.search(source.name):
+    if source.read(max(0, source.size - 8), min(8, source.size)) == LEVELDB or TENSORFLOW_PART.search(source.name):
         return "TensorFlow checkpoint"
     if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from batchnorm.doctor.checkpoint import Checkpoint, StoredTensor
 from batchnorm.doctor.read.faults import Faults
-from batchnorm.doctor.read.layers import LONGEST_NAME, ModuleState, recognise
+from batchnorm.doctor.read.layers import LONGEST_NAME, Found, ModuleState, recognise
 from batchnorm.doctor.read.source import shown
 from batchnorm.errors import DataError
 
@@ -63,8 +63,12 @@ class Table:
         self.tensors[name] = tensor
 
     def checkpoint(self, format: str) -> Checkpoint:
-        """The normal form."""
+        """The normal form, with the layers of torch."""
         found = recognise(self.tensors, frozenset(self.unreadable), self.versions, self.modules)
+        return self.normal_form(format, found)
+
+    def normal_form(self, format: str, found: Found) -> Checkpoint:
+        """The same with layers that another way has found."""
         facts = dict(self.facts)
         for name, values in (
             ("left_out", found.left_out),

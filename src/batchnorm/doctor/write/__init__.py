@@ -1,0 +1,1 @@
+"""One writer per file format; none changes the file that was read."""
