@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from batchnorm.doctor.measure_tensorflow import measure_tensorflow
     from batchnorm.doctor.repair import repair
     from batchnorm.environment import describe_environment
-    from batchnorm.insight import memory_report
+    from batchnorm.insight import explain_gap, memory_report
     from batchnorm.nn import explain
     from batchnorm.statistics import (
         assert_unchanged,
@@ -40,6 +40,7 @@ __all__ = [
     "errors",
     "examine",
     "explain",
+    "explain_gap",
     "fold",
     "freeze",
     "functional",
@@ -70,6 +71,7 @@ HOME = {
     "describe_environment": "batchnorm.environment",
     "examine": "batchnorm.doctor.examine",
     "explain": "batchnorm.nn",
+    "explain_gap": "batchnorm.insight",
     "fold": "batchnorm.surgery",
     "freeze": "batchnorm.statistics",
     "keep_float32": "batchnorm.statistics",

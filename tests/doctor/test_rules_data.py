@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from examined import NORMS, batches, found, layers_of, network, snapshot, trained
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm
 from batchnorm.doctor.examine import examine
+from examined import NORMS, batches, found, layers_of, network, snapshot, trained
 
 both = pytest.mark.parametrize("norm", NORMS, ids=["torch", "ours"])
 DATA_RULES = ["BN108", "BN205", "BN206"]

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from examined import NORMS, batches, found, layers_of, network, trained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import batchnorm
 from batchnorm.doctor.examine import examine
+from examined import NORMS, batches, found, layers_of, network, trained
 
 both = pytest.mark.parametrize("norm", NORMS, ids=["torch", "ours"])
 MODEL_RULES = ["BN201", "BN202", "BN203", "BN204", "BN208", "BN301", "BN302", "BN304", "BN502", "BN503"]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from examined import NORMS, found, network
 from torch import nn
+
+from examined import NORMS, found, network
 
 both = pytest.mark.parametrize("norm", NORMS, ids=["torch", "ours"])
 

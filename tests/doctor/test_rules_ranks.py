@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from examined import batches, trained
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import batchnorm
 from batchnorm.doctor.examine import examine
+from examined import batches, trained
 
 WORLD = 2
 
@@ -88,6 +88,4 @@ def test_processes_find_what_differs_between_them(tmp_path: Path):
 
 def test_one_process_alone_does_not_run_them():
     skipped = {one.code: one.needs for one in examine(trained(), batches(1)).not_run}
-    assert {code: skipped[code] for code in ("BN401", "BN402", "BN403")} == dict.fromkeys(
-        ("BN401", "BN402", "BN403"), ["ranks"]
-    )
+    assert [skipped[code] for code in ("BN401", "BN402", "BN403")] == [["ranks"]] * 3

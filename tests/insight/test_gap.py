@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from examined import NORMS, after, batches, network, snapshot, trained
 from torch import nn
 
 import batchnorm
 import batchnorm.nn
 from batchnorm.insight import explain_gap
+from examined import NORMS, after, batches, network, snapshot, trained
 
 both = pytest.mark.parametrize("norm", NORMS, ids=["torch", "ours"])
 

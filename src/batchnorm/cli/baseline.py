@@ -10,6 +10,8 @@ from batchnorm.errors import DataError
 from batchnorm.files import write_json
 
 SCHEMA_VERSION = 1
+# bytes; a million findings are fewer, and a checkpoint by mistake may be more
+LARGEST = 1 << 27
 Known = Counter[tuple[str, str]]
 
 
@@ -37,7 +39,8 @@ def read_baseline(path: Path) -> Known:
         OSError: there is no such file.
     """
     try:
-        record = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            record = json.loads(file.read(LARGEST))
         version = record["schema_version"]
         known = Counter((item["code"], item["layer"]) for item in record["findings"])
         if not all(isinstance(part, str) for pair in known for part in pair):

@@ -85,7 +85,8 @@ def doctor(
     from batchnorm.cli.fixing import fixed
     from batchnorm.cli.outputs import check_output
 
-    check_options(ctx, is_code(target), data, chosen)
+    code = is_code(target)
+    check_options(ctx, code, data, chosen)
     if output is not None:
         check_output(output, Path(target), force=True)
     settings = replaced(find_settings(Path.cwd()), chosen)
@@ -99,7 +100,7 @@ def doctor(
 
         repaired = fixed(target, factory, data, batch_size, rules, wanted, chosen)
         found = repaired.left
-    elif is_code(target):
+    elif code:
         found = examine_code(target, data, batch_size, *rules)
     else:
         found = examine_file(target, factory, data, batch_size, *rules)
@@ -207,8 +208,9 @@ def write(found: "Examination", output_format: str, output: Path | None, repaire
     if output is not None or output_format != "text":
         if repaired is not None:
             click.echo(form_of_repair.summary(repaired), err=True)
-        missing = f"; not run: {not_run(found.not_run)}" if found.not_run else ""
-        click.echo(f"{summary(found)}{missing}", err=True)
+        click.echo(summary(found), err=True)
+    if output_format == "concise" and found.not_run:
+        click.echo(f"not run: {not_run(found.not_run)}", err=True)
 
 
 def terminal() -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import click
+
 from batchnorm.doctor.examine import Examination, examine, in_order
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.report.text import clean
@@ -70,7 +72,10 @@ def loaded_model(path: Path, factory: str) -> Any:
 
     held = read_checkpoint(path)
     model = build_model(factory)
-    tell_faults(load_repairable(model, held)[0])
+    faults = load_repairable(model, held)[0]
+    tell_faults(faults)
+    if faults:
+        click.echo("for rules that need a model, mean 0 and variance 1 stand in their place", err=True)
     return model
 
 

@@ -31,7 +31,6 @@ SAMPLES = 512
 OFF_CENTRE = 1e3
 # batches that tell how outputs differ: two passes over them, and one for each layer if the gap is worth it
 GAP_BATCHES = 4
-GAP = 0.1
 
 
 @dataclass
@@ -216,15 +215,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
 
-def gap_of(subject: Subject) -> Gap | None:
+def gap_of(subject: Subject, worth: float) -> Gap | None:
     """Of this process; None if no layer does anything else in training, or no batch can be normalized."""
-    if "gap" not in subject.kept:
-        assert subject.model is not None
-        items = sample_of(subject).usable[:GAP_BATCHES]
-        free = any(follows_its_mode(layer) for layer in norms(subject.model).values())
-        found = None
-        if free and items:
-            with undisturbed(subject.model):
-                found = explain_gap(subject.model, items, call=call_of(subject), max_batches=GAP_BATCHES, worth=GAP)
-        subject.kept["gap"] = found
-    return subject.kept["gap"]
+    assert subject.model is not None
+    items = sample_of(subject).usable[:GAP_BATCHES]
+    if not items or not any(follows_its_mode(layer) for layer in norms(subject.model).values()):
+        return None
+    with undisturbed(subject.model):
+        return explain_gap(subject.model, items, call=call_of(subject), max_batches=GAP_BATCHES, worth=worth)

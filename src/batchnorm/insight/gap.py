@@ -121,8 +121,8 @@ def explain_gap(
         Whatever is raised, modes, buffers, hooks, gradients and torch's random numbers are as before.
 
     What tells the causes apart: with "initial values left over", (1 - momentum)^batches of mean 0 and variance 1
-    explains the difference. "stale average" is any other difference beyond three times the sampling noise; data that
-    were prepared in another way look the same, except to a layer that no weights precede ("other data"). An
+    explains the difference. "stale average" is any other difference of at least three times the sampling noise; data
+    that were prepared in another way look the same, except to a layer that no weights precede ("other data"). An
     "inherited" difference is that of layers before. "few values" and "sampling noise" belong to the batches: there
     evaluation is the better mode. In distributed training each process explains its own data.
 
@@ -130,12 +130,13 @@ def explain_gap(
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))
         >>> batches = [torch.randn(64, 2) + 5 for _ in range(3)]
-        >>> for batch in batches:
+        >>> for batch in 40 * batches:
         ...     _ = model(batch)
+        >>> _ = model[1].weight.data.mul_(3)
         >>> for layer in explain_gap(model, batches).layers:
         ...     print(layer.name, layer.cause)
-        0 initial values left over
-        2 initial values left over
+        2 stale average
+        0 sampling noise
     """
     layers = layers_with_a_gap(model)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -195,7 +196,7 @@ class Runner:
 
     def outputs(self, chosen: Iterable[str]) -> list[list[Tensor]]:
         """Of each item; random numbers, if the model draws any, are the same in every pass."""
-        torch.manual_seed(0)
+        same_random_numbers(self.model)
         with ExitStack() as stack:
             for name in chosen:
                 stack.enter_context(normalizing_by_batch(self.layers[name]))
@@ -225,6 +226,14 @@ class Runner:
                 handle.remove()
         batches = {name: stacked(row) for name, row in rows.items() if row}
         return Pass(outputs, batches, order[0] if order else None)
+
+
+def same_random_numbers(model: nn.Module) -> None:
+    """On the devices whose generators :func:`unchanged` restores; torch.manual_seed would reach all."""
+    torch.default_generator.manual_seed(0)
+    for device in {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
 
 
 def noise_adds_up(one: LayerGap) -> LayerGap:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# how many times the difference that sampling explains is more than sampling
+# how many times the difference that sampling explains is more than sampling; few batches of few channels raise it
 FAR = 3.0
+# a difference, in standard deviations or as a share of the variance, below which none matters
+SLIGHT = 0.01
 # values per channel below which the standard deviation of a batch has an error of 12 % and more, 1 / sqrt(2 n)
 FEW_VALUES = 32
 
@@ -121,7 +123,8 @@ def cause_of(seen: Evidence) -> Cause:
     if share == 1:
         return cause("initial values left over", "its running statistics are those of a new layer, mean 0, variance 1")
     off = f"they are {mean_off:.2g} sigma and {var_off:.0%} of the variance from what these batches have"
-    if not (mean_off <= FAR * noise_of_mean and var_off <= FAR * noise_of_var):
+    limits = [max(SLIGHT, far_of(seen) * noise) for noise in (noise_of_mean, noise_of_var)]
+    if not (mean_off <= limits[0] and var_off <= limits[1]):
         # a thousandth of variance 1 is much where the variance is a thousandth
         if share > 0 and explained_by_initial_values(seen, share, target):
             return cause("initial values left over", f"{share:.2g} of its running statistics is mean 0, variance 1")
@@ -131,7 +134,7 @@ def cause_of(seen: Evidence) -> Cause:
         return cause("stale average", f"{off}, where sampling explains {numbers[2]:.2g}: {why}")
     in_evaluation = distances(seen, *seen.by_running.pooled(), *target)
     # NaN is far, too
-    if not (in_evaluation[0] <= FAR * noise_of_mean and in_evaluation[1] <= FAR * noise_of_var):
+    if not (in_evaluation[0] <= limits[0] and in_evaluation[1] <= limits[1]):
         return cause("inherited", "its own statistics fit, but layers before it hand it something else in evaluation")
     count = int(seen.by_batch.counts.min())
     if count < FEW_VALUES:
@@ -168,6 +171,12 @@ def expected_noise(seen: Evidence, true_var: Tensor) -> tuple[float, float]:
         (noise * weight).mean().sqrt().item() if noise.numel() else 0.0
         for noise in (of_mean / wide, of_var / wide.square())
     )
+
+
+def far_of(seen: Evidence) -> float:
+    """What is estimated from few differences may be too small by chance: 3 from many, 6 from four."""
+    number = max(len(seen.by_batch.counts) - 1, 1) * max(len(seen.mean), 1)
+    return FAR * (1 + 2 / number**0.5)
 
 
 def share_of_initial_values(seen: Evidence) -> float:

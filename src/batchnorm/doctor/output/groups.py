@@ -105,8 +105,9 @@ def not_run(rules: Iterable[NotRun]) -> str:
     by_needs: dict[tuple[str, ...], list[str]] = {}
     for rule in rules:
         by_needs.setdefault(tuple(rule.needs), []).append(rule.code)
+    fewest_first = sorted(by_needs.items(), key=lambda item: len(item[0]))
     return "; ".join(
-        f"{ranges(codes)} {'needs' if len(codes) == 1 else 'need'} {asked(needs)}" for needs, codes in by_needs.items()
+        f"{ranges(codes)} {'needs' if len(codes) == 1 else 'need'} {asked(needs)}" for needs, codes in fewest_first
     )
 
 

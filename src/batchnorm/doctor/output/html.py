@@ -1,6 +1,6 @@
 """The ``html`` format: one offline page without a script."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def render(examination: Examination) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
+    found = codes_by_layer(examination.findings)
     worst = examination.findings[0].severity if examination.findings else None
     return environment.get_template("page.html").render(
         source=shown(examination.source),
@@ -44,7 +45,7 @@ def render(examination: Examination) -> str:
         counts=counts(examination.findings),
         examined=counted(len(examination.layers), "BN layer"),
         groups=[group_row(group, examination) for group in grouped(examination.findings)],
-        layers=cut([layer_row(layer, examination.findings) for layer in examination.layers]),
+        layers=cut([layer_row(layer, found.get(layer.path, {})) for layer in examination.layers]),
         not_run=[(rule.code, rule.name, asked(rule.needs)) for rule in examination.not_run],
         style=Markup("".join(path.read_text(encoding="utf-8") for path in STYLES)),
     )
@@ -94,8 +95,15 @@ def value(measured: Any) -> str:
     return NOTHING if measured is None else shown(str(measured))
 
 
-def layer_row(layer: Layer, findings: Sequence[Finding]) -> dict[str, str]:
-    found = dict.fromkeys(finding.code for finding in findings if finding.layer == layer.path)
+def codes_by_layer(findings: Iterable[Finding]) -> dict[str, dict[str, None]]:
+    """In the order of the findings, each once."""
+    found: dict[str, dict[str, None]] = {}
+    for finding in findings:
+        found.setdefault(finding.layer, {})[finding.code] = None
+    return found
+
+
+def layer_row(layer: Layer, found: Iterable[str]) -> dict[str, str]:
     dtypes = dict.fromkeys(layer.tensors[role].dtype for role in STATISTICS if role in layer.tensors)
     return {
         "path": layer_name(layer.path) or "(the only one)",

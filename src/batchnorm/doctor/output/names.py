@@ -62,16 +62,18 @@ def compressed(paths: Iterable[str], every: Sequence[str] = (), most: int = MOST
     alike: dict[tuple[str, ...], list[str]] = {}
     for path in dict.fromkeys(paths):
         alike.setdefault(tuple(NUMBER.split(path)), []).append(path)
-    items: list[tuple[str, int]] = []
-    for parts, same in alike.items():
-        few = len(same) <= FEW
-        items += [(layer_name(path), 1) for path in same] if few else [(pattern(parts, same, every), len(same))]
-    more = sum(count for _, count in items[most:])
-    return ", ".join(text for text, _ in items[:most]) + (f" and {more:,} more" if more else "")
+    # one by one, or all of them as a pattern
+    items: list[list[str]] = []
+    for same in alike.values():
+        items += [[path] for path in same] if len(same) <= FEW else [same]
+    texts = [layer_name(item[0]) if len(item) == 1 else pattern(item, every) for item in items[:most]]
+    more = sum(map(len, items[most:]))
+    return ", ".join(texts) + (f" and {more:,} more" if more else "")
 
 
-def pattern(parts: Sequence[str], same: Sequence[str], every: Sequence[str]) -> str:
+def pattern(same: Sequence[str], every: Sequence[str]) -> str:
     """Of names that differ in their numbers alone."""
+    parts = NUMBER.split(same[0])
     columns = list(zip(*(NUMBER.findall(path) for path in same), strict=True))
     fixed = [column[0] if len(set(column)) == 1 else None for column in columns]
     text = parts[0] + "".join(f"{number or '*'}{part}" for number, part in zip(fixed, parts[1:], strict=True))

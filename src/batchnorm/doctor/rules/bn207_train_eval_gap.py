@@ -50,7 +50,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     from batchnorm.doctor.live_data import gap_of
     from batchnorm.insight.gap_causes import AT_FAULT
 
-    gap = gap_of(subject)
+    gap = gap_of(subject, LIMIT)
     if gap is None or not gap.gap >= LIMIT:
         return
     faulty = [one for one in gap.layers if one.cause in AT_FAULT]
