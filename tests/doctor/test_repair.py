@@ -275,7 +275,7 @@ def test_hostile_names_are_kept_in_the_file_and_harmless_in_the_report(tmp_path:
 
 
 def test_a_name_that_safetensors_cannot_hold_is_left_out(tmp_path: Path):
-    from batchnorm.doctor.write.save import left_out
+    from batchnorm.doctor.fixes.save import left_out
 
     state = {**trained().state_dict(), "__metadata__": torch.ones(2)}
     state["bn1.running_mean"] = state["bn1.running_mean"].half()

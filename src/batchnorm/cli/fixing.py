@@ -67,8 +67,8 @@ def fixed(
 ) -> "Repair":
     """Repair, and write the file unless only the difference is wanted."""
     from batchnorm.cli.user_code import announce
+    from batchnorm.doctor.fixes.save import check_path
     from batchnorm.doctor.read.open import read
-    from batchnorm.doctor.write.save import check_path
 
     checkpoint = read(Path(target))
     out = chosen["out"] or default_out(Path(target))
@@ -168,8 +168,8 @@ def given_statistics(target: str) -> Mapping[str, Any]:
 
 def tell_left_out(repaired: "Repair") -> None:
     """Which tensors of the source the file does not have."""
+    from batchnorm.doctor.fixes.save import left_out
     from batchnorm.doctor.output.groups import counted
-    from batchnorm.doctor.write.save import left_out
 
     reasons: dict[str, list[str]] = {}
     for name, why in left_out(repaired).items():

@@ -72,7 +72,7 @@ def repair(
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         >>> lost = {name: value for name, value in model.state_dict().items() if "running" not in name}
-        >>> repaired = repair(lost, model=model, loader=[torch.randn(8, 2)], unsafe=True)
+        >>> repaired = repair(lost, model=model, loader=[torch.randn(8, 2)], unsafe=True, select="BN100")
         >>> [(outcome.code, outcome.action.value, outcome.what) for outcome in repaired.outcomes]
         [('BN100', 'fixed', 'measured on 8 values per channel')]
         >>> model.load_state_dict(repaired.state_dict())

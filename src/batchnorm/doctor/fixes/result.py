@@ -69,7 +69,7 @@ class Repair:
 
     def state_dict(self) -> "dict[str, Tensor]":
         """The tensors for ``load_state_dict``: of a file with one model the names that it has there."""
-        from batchnorm.doctor.write.save import of_the_model
+        from batchnorm.doctor.fixes.save import of_the_model
         from batchnorm.doctor.write.torch import as_torch
 
         if self.model is not None:
@@ -93,7 +93,7 @@ class Repair:
             FileExistsError: there is such a file.
             OSError: the disk is full or the folder cannot be written.
         """
-        from batchnorm.doctor.write.save import save
+        from batchnorm.doctor.fixes.save import save
 
         return save(self, Path(path), force=force)
 
