@@ -204,6 +204,16 @@ def test_a_biased_variance_becomes_unbiased_only_with_its_count():
         converted_variance(np.ones(2), 1e-3, 1e-3, count=1)
 
 
+def test_counts_alone_change_the_layers_that_have_one_and_no_eps():
+    state = trained().state_dict()
+    repaired = repair(state, counts={"bn2": 5}, unsafe=True)
+    assert [change.name for change in repaired.comparison.changed] == ["bn2.running_var"]
+    torch.testing.assert_close(repaired.state_dict()["bn2.running_var"], state["bn2.running_var"] * 5 / 4)
+    assert [each.what for each in repaired.outcomes] == ["variance unbiased for 5 values"]
+    refused = repair(state, counts={"bn2": 5}, eps_from=1e-3, eps_to=1e-5)
+    assert refused.comparison.changed == []
+
+
 class BrokenError(Exception):
     pass
 
@@ -353,6 +363,8 @@ def read_layers(state: Any) -> Any:
         ({"target": 3}, TypeError, "expected a path, a model or a state dict, got int"),
         ({"target": {}, "loader": []}, TypeError, "a loader needs a model="),
         ({"target": nn.BatchNorm1d(2), "model": nn.BatchNorm1d(2)}, TypeError, "the target is a model already"),
+        ({"target": nn.BatchNorm1d(2), "eps_to": 1e-5}, TypeError, "eps_to= and counts= are for a file"),
+        ({"target": {}, "eps_to": float("nan")}, ValueError, "eps_to should be a number of at least 0, got nan"),
         ({"target": {"a.b": torch.ones(2)}, "model": make()}, DataError, "none of the model's tensors"),
     ],
 )

@@ -36,9 +36,11 @@ def measure_tensorflow(
         ValueError: no layer is found; no feeds; inf or NaN; one value per channel.
 
     Example:
-        >>> with tf.compat.v1.Session() as session:  # doctest: +SKIP
-        ...     saver.restore(session, "model.ckpt")
-        ...     statistics = measure_tensorflow(session, ({"images:0": batch} for batch in batches))
+        >>> from types import SimpleNamespace
+        >>> played = SimpleNamespace(run=lambda fetches, feed: {"bn": feed["images:0"]})  # a tf.compat.v1.Session
+        >>> feeds = [{"images:0": np.array([[0.0], [2.0]])}, {"images:0": np.array([[10.0], [12.0]])}]
+        >>> measure_tensorflow(played, feeds, inputs={"bn": "images:0"})
+        {'bn': (array([6.]), array([34.66666667]))}
     """
     found = fused_inputs(session.graph) if inputs is None else {path: (x, False) for path, x in inputs.items()}
     if not found:

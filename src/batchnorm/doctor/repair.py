@@ -1,5 +1,6 @@
 """Repairs what the rules found, in a copy: of a file's tensors, or of a model."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -63,8 +64,8 @@ def repair(
 
     Raises:
         DataError: the file cannot be read, or does not fit the model.
-        ValueError: what ``examine`` and ``recalibrate`` raise; statistics that do not fit.
-        TypeError: ``model`` together with a live model; a loader without a model.
+        ValueError: what ``examine`` and ``recalibrate`` raise; statistics that do not fit; an eps that is none.
+        TypeError: for a live model, what is for a file; a loader without a model.
 
     Example:
         >>> import torch
@@ -78,6 +79,9 @@ def repair(
         >>> model.load_state_dict(repaired.state_dict())
         <All keys matched successfully>
     """
+    for name, eps in (("eps_from", eps_from), ("eps_to", eps_to)):
+        if eps is not None and not 0 <= eps < math.inf:
+            raise ValueError(f"{name} should be a number of at least 0, got {eps}")
     options = Options(
         loader, call, statistics, unsafe, select, ignore, wanted, eps_from, eps_to, counts or {}, batches
     )  # fmt: skip
@@ -93,6 +97,10 @@ def repair(
     if isinstance(target, nn.Module):
         if model is not None:
             raise TypeError("the target is a model already: model= is for a file or a state dict")
+        if statistics is not None or eps_to is not None or counts:
+            raise TypeError(
+                "statistics=, eps_to= and counts= are for a file or a state dict, and the target is a model"
+            )
         return repair_model(target, options)
     if isinstance(target, Mapping):
         return repair_checkpoint(read_state(target), model, options)

@@ -112,21 +112,20 @@ def shown_by_running(
 def with_conventions(work: Checkpoint, broken: set[str], options: Options) -> tuple[Checkpoint, list[Outcome]]:
     """Variances for another eps, in layers that are not measured anew."""
     layers = [layer for layer in work.layers if layer.path not in broken]
-    eps_to = options.eps_to
-    if eps_to is None:
-        # counts alone: every layer keeps its eps
-        eps_to = next((layer.eps for layer in layers if layer.eps is not None), options.eps_from or 0.0)
-    values, outcomes = convert_eps(layers, options.eps_from, eps_to, options.counts)
+    values, outcomes = convert_eps(layers, options.eps_from, options.eps_to, options.counts)
     if not options.unsafe:
-        kept = [each for each in outcomes if each.action is Action.REFUSED]
-        changed = [each for each in outcomes if each.action is Action.FIXED]
         return work, [
-            *kept,
-            *(dataclasses.replace(each, action=Action.REFUSED, what=UNSAFE, safe=None) for each in changed),
+            dataclasses.replace(each, action=Action.REFUSED, what=UNSAFE, safe=None)
+            if each.action is Action.FIXED
+            else each
+            for each in outcomes
         ]
     work = with_values(work, values)
-    layers = [dataclasses.replace(layer, eps=eps_to) if layer.path in values else layer for layer in work.layers]
-    return dataclasses.replace(work, layers=layers), outcomes
+    if options.eps_to is not None:
+        told = {path: {"eps": options.eps_to} for path in values}
+        layers = [dataclasses.replace(layer, **told.get(layer.path, {})) for layer in work.layers]
+        work = dataclasses.replace(work, layers=layers)
+    return work, outcomes
 
 
 def new_statistics(

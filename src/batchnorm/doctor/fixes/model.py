@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.doctor.checkpoint import STATISTICS
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.fixes.outcome import Outcome, fixed, refused
+from batchnorm.doctor.fixes.outcome import Outcome, fixed, left, refused
 from batchnorm.doctor.fixes.tensors import usual_counter
 from batchnorm.doctor.live_layers import live_layers
 from batchnorm.statistics import freeze, keep_float32
@@ -43,7 +43,7 @@ def count(model: Any, findings: Sequence[Finding], batches: int | None) -> list[
     outcomes = []
     for finding in findings:
         if finding.safe is not True:
-            outcomes.append(refused(finding, "it says what happened; nothing to repair"))
+            outcomes.append(left(finding))
         elif known is None:
             outcomes.append(refused(finding, "no other layer says how many batches there were; give batches="))
         else:

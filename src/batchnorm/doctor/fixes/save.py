@@ -53,7 +53,9 @@ def check_path(checkpoint: Checkpoint, path: Path, force: bool) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise DataError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent} for {path.name}")
     if checkpoint.format == "tensorflow" and path.suffix != SAFETENSORS:
-        path, force = Path(f"{prefix_of(path)}.index"), False
+        if Path(f"{prefix_of(path)}.index").exists():
+            raise FileExistsError(f"{path} exists already, and a TensorFlow checkpoint is never overwritten")
+        return
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists already: choose another name, or overwrite it with --force (force=True)")
 

@@ -65,35 +65,36 @@ def usual_counter(layers: Iterable[Layer]) -> int | None:
 
 
 def convert_eps(
-    layers: Sequence[Layer], eps_from: float | None, eps_to: float, counts: Mapping[str, int]
+    layers: Sequence[Layer], eps_from: float | None, eps_to: float | None, counts: Mapping[str, int]
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[Outcome]]:
     """BN109: running variances that make a layer with ``eps_to`` compute in evaluation what it does with its own eps.
 
     Args:
         layers: those that are not measured anew.
         eps_from: their eps, where the file does not tell.
-        eps_to: of the layers as they will be built.
+        eps_to: of the layers as they will be built; None for what it is.
         counts: by layer the values per channel and batch, where the variance is to become an unbiased one, too.
     """
     values, outcomes = {}, []
     for layer in layers:
-        eps, var = (eps_from if layer.eps is None else layer.eps), layer.tensors.get("running_var")
-        if var is None or (eps == eps_to and layer.path not in counts):
+        own, var = layer.eps if layer.eps is not None else eps_from, layer.tensors.get("running_var")
+        n = counts.get(layer.path)
+        if var is None or (n is None and eps_to in (None, own)):
             continue
-        if eps is None:
+        if eps_to is not None and own is None:
             why = "the file does not tell its eps; give it, eps_from= or --eps-from"
             outcomes.append(Outcome(*CONVERTED, layer.path, Action.REFUSED, why))
             continue
+        before, after = (own, eps_to) if own is not None and eps_to is not None else (0.0, 0.0)
         try:
-            new = converted_variance(layer.values("running_var"), eps, eps_to, counts.get(layer.path))
+            new = converted_variance(layer.values("running_var"), before, after, n)
         except ValueError as error:
             outcomes.append(Outcome(*CONVERTED, layer.path, Action.REFUSED, str(error)))
             continue
-        wide = np.float64 if var.dtype == "float64" else np.float32
-        values[layer.path] = {"running_var": new.astype(wide)}
-        n = counts.get(layer.path)
-        what = f"variance for eps {eps_to:g} instead of {eps:g}" + (f", unbiased for {n:,} values" if n else "")
-        outcomes.append(Outcome(*CONVERTED, layer.path, Action.FIXED, what, False))
+        values[layer.path] = {"running_var": new.astype(np.float64 if var.dtype == "float64" else np.float32)}
+        said = [f"for eps {after:g} instead of {before:g}"] * (before != after)
+        said += [] if n is None else [f"unbiased for {n:,} values"]
+        outcomes.append(Outcome(*CONVERTED, layer.path, Action.FIXED, f"variance {', '.join(said)}", False))
     return values, outcomes
 
 
