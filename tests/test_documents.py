@@ -251,3 +251,12 @@ def test_readme_shows_what_the_doctor_prints():
     assert shown
     for block in shown:
         assert block.strip() in (ROOT / "docs/doctor.md").read_text()
+
+
+def test_accuracies_of_the_repaired_checkpoint_are_those_of_the_tutorial():
+    sentence = re.search(r"The whole story\].*?repaired\.", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert sentence
+    tutorial = (ROOT / "docs/tutorials/lost-statistics.md").read_text()
+    shown = re.findall(r"([\d.]+) %", sentence.group())
+    assert len(shown) == 3
+    assert all(f": {value}%" in tutorial for value in shown)
