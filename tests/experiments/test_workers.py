@@ -48,10 +48,13 @@ def call(function, *arguments):
 
 
 def test_an_exception_stops_the_other_jobs(tmp_path: Path):
+    # begun if its worker is quicker than the failure is noticed
+    waiting = tmp_path / "hardly ever begun"
+    waiting.mkdir()
     jobs = [
         ("fails", (fail_after, tmp_path / "started", "divided by 7")),
         ("works", (work_until_asked_to_stop, tmp_path)),
-        ("waits", (work_until_asked_to_stop, tmp_path / "never begun")),
+        ("waits", (work_until_asked_to_stop, waiting)),
     ]
     with pytest.raises(ArithmeticError, match="divided by 7"):
         run_jobs(call, jobs, workers=2, on_progress=ignore)
