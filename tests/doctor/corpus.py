@@ -1,6 +1,6 @@
-"""Checkpoints with faults that are known, and healthy ones: what rules are measured on.
+"""Checkpoints of torch with faults that are known, and healthy ones: what rules about values are measured on.
 
-``FAULTS``, ``HEALTHY`` and ``FALSE_POSITIVES`` map a name to a :class:`Case`; ``write`` puts its contents into a file
+``FAULTS``, ``HEALTHY`` and ``FALSE_POSITIVES`` map a name to a :class:`Case`; ``write`` puts what it makes into a file
 as users would. Faults are made the way they arise, where that takes no more than a few lines: by training with an
 infinite input, under activation checkpointing, by ``half()``.
 """
@@ -10,21 +10,15 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from doctor.cases import Case, fault, healthy
 from doctor.networks import MOBILENETS, MODELS, STEPS, Network, seeded, train, trained
 
 State = dict[str, Any]
-
-
-class Case(NamedTuple):
-    """What ``torch.save`` writes, and the codes of all findings that it should lead to."""
-
-    make: Callable[[], Any]
-    codes: frozenset[str]
 
 
 def edited(**changes: Callable[[Tensor], Tensor]) -> Callable[[], State]:
@@ -155,10 +149,6 @@ def with_keras_names() -> State:
     return state | {f"bn1.{name}": trained().state_dict()[f"bn1.{role}"] for role, name in names.items()}
 
 
-def fault(make: Callable[[], Any], *codes: str) -> Case:
-    return Case(make, frozenset(codes))
-
-
 FAULTS: dict[str, Case] = {
     "parameters alone": fault(lambda: dict(trained().named_parameters()), "BN100"),
     "statistics of one layer lost": fault(without("block1.bn2.running_mean", "block1.bn2.running_var"), "BN100"),
@@ -240,11 +230,6 @@ def other_normalization(layer: Callable[[int], nn.Module]) -> Callable[[], State
 def with_moving_average() -> State:
     """Of a model and its average, whose counters differ."""
     return {"model": trained().state_dict(), "ema": train(trained(), 1).state_dict(), "epoch": 3}
-
-
-def healthy(make: Callable[[], Any], *codes: str) -> Case:
-    """``codes``: of what is only information, and right."""
-    return Case(make, frozenset(codes))
 
 
 HEALTHY: dict[str, Case] = {
