@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import batchnorm.nn as bnn
+from every_layer import Kind
 from examined import batches, network
 
 
@@ -42,3 +44,61 @@ class Paths(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.shared(x), self.shared(self.second(x))], 1)
+
+
+class Siamese(nn.Module):
+    """One layer for two values."""
+
+    def __init__(self, norm, second=lambda x: x):
+        super().__init__()
+        self.shared, self.second = norm.BatchNorm1d(3), second
+
+    def forward(self, x):
+        return torch.cat([self.shared(x), self.shared(self.second(x).flip(0))], 1)
+
+
+class WithHead(nn.Module):
+    """A head that only training uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self(torch.randn(64, 3))
+
+    def forward(self, x):
+        x = self.body(x)
+        return (x, self.head(x)) if self.training else x
+
+
+class Branching(nn.Module):
+    """A layer whose input cannot be told without data."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x if x.sum() > 0 else -x))
+
+
+class TwoDomains(nn.Module):
+    """Every second sample is of the other domain."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = bnn.DomainBatchNorm1d(3, 2)
+
+    def forward(self, x):
+        return torch.cat([self.layer(x[::2], 0), self.layer(x[1::2], 1)])
+
+
+class Around(nn.Module):
+    """A convolution, a layer of some kind, and an activation."""
+
+    def __init__(self, kind: Kind):
+        super().__init__()
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kind.positions) - 1]
+        self.conv, self.layer, self.kind = convolution(3, 3, 3, padding=1, bias=False), kind.make(3), kind
+
+    def forward(self, x):
+        return torch.relu(self.kind.call(self.layer, self.conv(x)))
