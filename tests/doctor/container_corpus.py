@@ -65,10 +65,10 @@ def with_flipped_bit(storage: int, byte: int, contents: Callable[[], Any] = stat
     return make
 
 
-def packed_again(folder: Path) -> Path:
+def packed_again(folder: Path, contents: Callable[[], Any] = state) -> Path:
     path = folder / "again.pt"
     with (
-        zipfile.ZipFile(saved(state)(folder)) as archive,
+        zipfile.ZipFile(saved(contents)(folder)) as archive,
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as again,
     ):
         for name in archive.namelist():

@@ -95,7 +95,7 @@ FAULTS: dict[str, Case] = {
     "a layer for two values, scaled": fault(on(lambda: Siamese(bnn, lambda x: 4 * x), *SOME), "BN205"),
     "a head for training only": fault(on(lambda: WithHead(), *SOME), "BN205"),
     "a mean of 3,000 standard deviations": fault(on(lambda: nn.BatchNorm2d(2), *IMAGES, mean=3e3), "BN206"),
-    "a mean of 100,000 standard deviations": fault(on(lambda: nn.BatchNorm2d(2), *IMAGES, mean=1e5), "BN206"),
+    "a mean of 1,000,000 standard deviations": fault(on(lambda: nn.BatchNorm2d(2), *IMAGES, mean=1e6), "BN206"),
     "temperatures in kelvin": fault(on(lambda: nn.BatchNorm2d(2), *IMAGES, mean=300.0, std=0.02), "BN206"),
     "dropout before a layer": fault(alone(lambda: dropping(nn.Dropout(0.5), nn.BatchNorm2d(4))), "BN208"),
     "dropout of channels before a layer": fault(
