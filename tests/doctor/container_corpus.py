@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from batchnorm.doctor.read.leveldb import read_table
 from batchnorm.doctor.write.leveldb import write_table
@@ -237,4 +238,11 @@ HEALTHY: dict[str, Case] = {
     "Keras 3, weights": healthy(kept("keras3.weights.h5")),
 }
 
-FALSE_POSITIVES: dict[str, Case] = {}
+
+def without_tracking() -> dict[str, Any]:
+    return trained(layer=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)).state_dict()
+
+
+FALSE_POSITIVES: dict[str, Case] = {
+    "safetensors of a model that was built without statistics": fault(safetensors_of(without_tracking), "BN100"),
+}
