@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -243,3 +244,19 @@ def test_committed_pages_are_those_of_their_records(tmp_path):
             (copy / path.name).write_bytes(path.read_bytes())
         write_report(copy)
         assert (copy / "report.html").read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_readme_shows_what_the_doctor_prints():
+    shown = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown
+    for block in shown:
+        assert block.strip() in (ROOT / "docs/doctor.md").read_text()
+
+
+def test_accuracies_of_the_repaired_checkpoint_are_those_of_the_tutorial():
+    sentence = re.search(r"The whole story\].*?repaired\.", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert sentence
+    tutorial = (ROOT / "docs/tutorials/lost-statistics.md").read_text()
+    shown = re.findall(r"([\d.]+) %", sentence.group())
+    assert len(shown) == 3
+    assert all(f": {value}%" in tutorial for value in shown)

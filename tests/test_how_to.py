@@ -72,5 +72,5 @@ def run_command(block: str) -> None:
 
 
 def words(text: str) -> list[str]:
-    """Without digits."""
-    return re.sub(r"\d[\d.,e+-]*", "#", text).split()
+    """Without digits and digests."""
+    return re.sub(r"\b[0-9a-f]{12}\b|\d[\d.,e+-]*", "#", text).split()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from batchnorm import errors, functional, insight, nn, reference, statistics, surgery
     from batchnorm.doctor.examine import examine
+    from batchnorm.doctor.measure_tensorflow import measure_tensorflow
+    from batchnorm.doctor.repair import repair
     from batchnorm.environment import describe_environment
     from batchnorm.insight import explain_gap, memory_report
     from batchnorm.nn import explain
@@ -45,12 +47,14 @@ __all__ = [
     "insight",
     "keep_float32",
     "load_state_dict",
+    "measure_tensorflow",
     "memory_report",
     "merge_running_stats",
     "nn",
     "normalize_by",
     "recalibrate",
     "reference",
+    "repair",
     "reset_running_stats",
     "revert",
     "statistics",
@@ -72,10 +76,12 @@ HOME = {
     "freeze": "batchnorm.statistics",
     "keep_float32": "batchnorm.statistics",
     "load_state_dict": "batchnorm.statistics",
+    "measure_tensorflow": "batchnorm.doctor.measure_tensorflow",
     "memory_report": "batchnorm.insight",
     "merge_running_stats": "batchnorm.statistics",
     "normalize_by": "batchnorm.statistics",
     "recalibrate": "batchnorm.statistics",
+    "repair": "batchnorm.doctor.repair",
     "reset_running_stats": "batchnorm.statistics",
     "revert": "batchnorm.surgery",
     "synchronize_running_stats": "batchnorm.statistics",

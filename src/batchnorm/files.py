@@ -5,14 +5,15 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash at any instant it has either its old or its new contents.
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, at once or in parts, so that after a crash at any instant it has its old or its new contents.
 
     Temporary file in the same folder, fsync, replace, fsync of the folder; the mode is that of an ordinary new file.
 
@@ -29,7 +30,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())

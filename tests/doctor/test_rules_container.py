@@ -51,12 +51,8 @@ def only(path, code: str) -> Finding:
 
 
 @pytest.mark.parametrize("code", MODULES)
-def test_rule_and_page_agree(code):
+def test_a_container_rule_needs_a_file(code):
     rule: Rule = module(code).RULE
-    page = module(code).__doc__
-    assert page.startswith(f"# {code} {rule.name}\n")
-    for part in ("What", "Why it is bad", "Evidence", "Remedy", "False positives", "References"):
-        assert f"**{part}.**" in page
     assert rule.code == code
     assert rule.container
     assert rule.needs == {Needs.FILE}

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from batchnorm.cli.fixing import check_fixing, fixing_options
+
 if TYPE_CHECKING:
     from batchnorm.cli.baseline import Known
     from batchnorm.cli.doctor_settings import Settings
     from batchnorm.doctor.examine import Examination
+    from batchnorm.doctor.finding import Finding
+    from batchnorm.doctor.fixes.result import Repair
 
 FORMATS = ("text", "concise", "json", "markdown", "github", "sarif", "html")
 SEVERITIES = ("error", "warning", "info")
@@ -44,6 +48,7 @@ MOST_GONE = 5
 )
 @click.option("--output-format", type=click.Choice(FORMATS), default="text", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="[default: standard output]")
+@fixing_options
 @click.pass_context
 def doctor(
     ctx: click.Context,
@@ -65,23 +70,37 @@ def doctor(
     Some rules need a model, and some need data: with --model, the state of the file is loaded into the model that
     CODE builds; with --data, the model is called. Rules that need more than was given are listed as not run.
 
+    --fix writes a repaired copy to --out, never TARGET itself, and reports each tensor's digest before and after.
+    Statistics that are missing or broken are measured with --unsafe-fixes, --model and --data, or given by
+    --statistics, for TensorFlow too.
+
     CODES are separated by commas. Options replace what [tool.batchnorm.doctor] in the nearest pyproject.toml says.
 
-    Exit status: 0 nothing as grave as --fail-on, 1 something is, 2 an error, 130 interrupted.
+    Exit status, of what is left after a --fix: 0 nothing as grave as --fail-on, 1 something is, 2 an error, 130
+    interrupted.
     """
     from batchnorm.cli.baseline import read_baseline
-    from batchnorm.cli.doctor_settings import codes_that_ran, find_settings
+    from batchnorm.cli.doctor_settings import codes_that_ran, find_settings, split_ignored
     from batchnorm.cli.examining import examine_code, examine_file, is_code
+    from batchnorm.cli.fixing import fixed
     from batchnorm.cli.outputs import check_output
 
     code = is_code(target)
-    check_options(ctx, code, data)
+    check_options(ctx, code, data, chosen)
     if output is not None:
         check_output(output, Path(target), force=True)
     settings = replaced(find_settings(Path.cwd()), chosen)
     known = None if baseline is None else read_baseline(baseline)
     rules = settings.select, settings.ignore
-    if code:
+    repaired = None
+    if chosen["fix"] or chosen["diff"]:
+
+        def wanted(finding: "Finding") -> bool:
+            return bool(split_ignored([finding], settings)[0])
+
+        repaired = fixed(target, factory, data, batch_size, rules, wanted, chosen)
+        found = repaired.left
+    elif code:
         found = examine_code(target, data, batch_size, *rules)
     else:
         found = examine_file(target, factory, data, batch_size, *rules)
@@ -92,13 +111,14 @@ def doctor(
         known = read_baseline(write_baseline)
     if known is not None:
         found = without_known(found, known, ran)
-    write(found, output_format, output)
+    write(found, output_format, output, repaired)
     return int(any(finding.severity.rank <= settings.fail_on.rank for finding in found.findings))
 
 
-def check_options(ctx: click.Context, code: bool, data: str | None) -> None:
+def check_options(ctx: click.Context, code: bool, data: str | None, chosen: dict[str, Any]) -> None:
     """Refuse options that would do nothing."""
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    check_fixing(given, chosen, code)
     if code and "factory" in given:
         raise click.UsageError("TARGET is the model already: --model is for a checkpoint.")
     if "data" in given and not code and "factory" not in given:
@@ -167,21 +187,27 @@ def without_known(found: "Examination", known: "Known", ran: Sequence[str]) -> "
     return dataclasses.replace(found, findings=new)
 
 
-def write(found: "Examination", output_format: str, output: Path | None) -> None:
+def write(found: "Examination", output_format: str, output: Path | None, repaired: "Repair | None" = None) -> None:
     """The output where it was asked for; a summary on standard error unless it is read anyway."""
     from batchnorm.cli.outputs import print_text
+    from batchnorm.doctor.output import repair as form_of_repair
     from batchnorm.doctor.output.groups import not_run, summary
     from batchnorm.files import write_atomic
 
-    form = importlib.import_module(f"batchnorm.doctor.output.{output_format}")
     on_terminal = output is None and output_format == "text" and sys.stdout.isatty()
-    text = form.render(found, **terminal()) if on_terminal else form.render(found)
+    how = terminal() if on_terminal else {}
+    if repaired is None:
+        text = importlib.import_module(f"batchnorm.doctor.output.{output_format}").render(found, **how)
+    else:
+        text = form_of_repair.render(dataclasses.replace(repaired, left=found), output_format, **how)
     if output is None:
         print_text(text)
     else:
         write_atomic(output, text.encode("utf-8", "backslashreplace"))
         click.echo(f"wrote {output}", err=True)
     if output is not None or output_format != "text":
+        if repaired is not None:
+            click.echo(form_of_repair.summary(repaired), err=True)
         click.echo(summary(found), err=True)
     if output_format == "concise" and found.not_run:
         click.echo(f"not run: {not_run(found.not_run)}", err=True)

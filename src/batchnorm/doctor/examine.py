@@ -95,6 +95,11 @@ def examine(
     if isinstance(loader, Iterator):
         raise ValueError("the loader can be iterated only once, but rules iterate it several times: pass a list")
     subject.loader, subject.optimizer, subject.call = loader, optimizer, call
+    return examine_subject(subject, rules)
+
+
+def examine_subject(subject: Subject, rules: Iterable[Rule]) -> Examination:
+    """What these rules find."""
     findings: list[Finding] = []
     not_run = []
     for rule in rules:

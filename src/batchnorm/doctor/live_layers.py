@@ -83,6 +83,8 @@ def stored(name: str, tensor: Tensor) -> StoredTensor:
 
 def copied(tensor: Tensor) -> np.ndarray:
     tensor = tensor.cpu()
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64).numpy()
     # NumPy has no bfloat16 and no float8
     narrow = tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64)
     return np.array(tensor.float().numpy() if narrow else tensor.numpy())
@@ -120,3 +122,8 @@ def take(table: Table, state: Mapping[str, Any], path: str) -> None:
             table.add(stored(name, value), "" if plain else "is sparse, quantized or on the meta device")
         elif isinstance(value, np.ndarray):
             table.add(StoredTensor(name, value.shape, value.dtype.name, partial(np.array, value)))
+
+
+def tensors_of(model: nn.Module) -> dict[str, StoredTensor]:
+    """What the state dict of a model has, apart from extra state."""
+    return {name: stored(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)}

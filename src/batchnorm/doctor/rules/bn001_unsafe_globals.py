@@ -1,29 +1,33 @@
-"""# BN001 unsafe-globals
+"""# BN001: unsafe-globals
 
-**What.** The pickle in the file names classes or functions that `torch.load(path, weights_only=True)` refuses. The
-finding lists them. It is an error if one of them is known from attacks (`os.system`, `builtins.eval`,
-`subprocess.Popen`, ...), else a warning.
+## What it finds
+The pickle in the file names classes or functions that `torch.load(path, weights_only=True)` refuses. The finding
+lists them. It is an error if one of them is known from attacks (`os.system`, `builtins.eval`, `subprocess.Popen`,
+...), else a warning.
 
-**Why it is bad.** To read such a file one must turn `weights_only` off, and then reading the file runs whatever code
-it names. `weights_only=True` has been the default since torch 2.6, so everybody who loads the file meets an error
-first.
+## Why it is bad
+To read such a file one must turn `weights_only` off, and then reading the file runs whatever code it names.
+`weights_only=True` has been the default since torch 2.6, so everybody who loads the file meets an error first.
 
-**How it is found.** The pickle is read, not run: nothing is imported and nothing called. Names are compared with
-those that torch 2.13 accepts.
+## How it is found
+The pickle is read, not run: nothing is imported and nothing called. Names are compared with those that torch 2.13
+accepts.
 
-**Evidence.** Python's documentation warns that unpickling data of unknown origin can run arbitrary code, and torch's
-documentation of `torch.load` says the same of files loaded with `weights_only=False`.
+## Evidence
+Python's documentation warns that unpickling data of unknown origin can run arbitrary code, and torch's documentation
+of `torch.load` says the same of files loaded with `weights_only=False`.
 
-**Remedy.** Ask the author for a state dict: `torch.save(model.state_dict(), path)` or a `.safetensors` file. If you
-trust the file, load it once and save the state dict yourself. Tensors and BN layers are listed and examined all the
-same. There is no fix that could be applied to the file itself.
+## Remedy
+Ask the author for a state dict: `torch.save(model.state_dict(), path)` or a `.safetensors` file. If you trust the
+file, load it once and save the state dict yourself. Tensors and BN layers are listed and examined all the same. There
+is no fix that could be applied to the file itself.
 
-**False positives.** None: the names are in the file. A model that was saved whole by an honest author has them too:
-that is a warning. A name that is known from attacks can be harmless in rare cases (a hyperparameter that holds a
-function).
+## False positives
+None: the names are in the file. A model that was saved whole by an honest author has them too: that is a warning. A
+name that is known from attacks can be harmless in rare cases (a hyperparameter that holds a function).
 
-**References.** <https://docs.python.org/3/library/pickle.html>,
-<https://docs.pytorch.org/docs/stable/notes/serialization.html>
+## References
+<https://docs.python.org/3/library/pickle.html>, <https://docs.pytorch.org/docs/stable/notes/serialization.html>
 """
 
 from collections.abc import Iterator

@@ -1,25 +1,30 @@
-"""# BN002 checksum-mismatch
+"""# BN002: checksum-mismatch
 
-**What.** The bytes of a member of the archive do not have the checksum (CRC-32) that was stored when it was written.
+## What it finds
+The bytes of a member of the archive do not have the checksum (CRC-32) that was stored when it was written.
 
-**Why it is bad.** Bits changed since then: on a disk, in memory or in transit. `torch.load` does not compare
-checksums and loads the changed values without a word; one changed bit in an exponent makes a weight or a variance
-10^38 times as large.
+## Why it is bad
+Bits changed since then: on a disk, in memory or in transit. `torch.load` does not compare checksums and loads the
+changed values without a word; one changed bit in an exponent makes a weight or a variance 10^38 times as large.
 
-**How it is found.** The smallest members are summed first, up to 1 GB of them, so running statistics are always among
-them; `checksums` in the facts of the file says how many were left. Files that were written without checksums
+## How it is found
+The smallest members are summed first, up to 1 GB of them, so running statistics are always among them; `checksums` in
+the facts of the file says how many were left. Files that were written without checksums
 (`torch.serialization.set_crc32_options(False)`) have zeros in their place and are not compared.
 
-**Evidence.** A checkpoint with one flipped bit in `running_var` loads with `torch.load` in torch 2.13 without an
-error or a warning; a test of this rule does that.
+## Evidence
+A checkpoint with one flipped bit in `running_var` loads with `torch.load` in torch 2.13 without an error or a
+warning; a test of this rule does that.
 
-**Remedy.** Fetch the file again, or restore it from its source. There is nothing to repair: the old values are
-unknown.
+## Remedy
+Fetch the file again, or restore it from its source. There is nothing to repair: the old values are unknown.
 
-**False positives.** None known. A program that changes an archive in place without writing the new checksums is one,
-and should not do that.
+## False positives
+None known. A program that changes an archive in place without writing the new checksums is one, and should not do
+that.
 
-**References.** PKWARE, .ZIP File Format Specification, section 4.4.7.
+## References
+PKWARE, .ZIP File Format Specification, section 4.4.7.
 """
 
 from collections.abc import Iterator

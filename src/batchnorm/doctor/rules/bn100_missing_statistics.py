@@ -26,8 +26,9 @@ in a file name the layer: then it may have been built without statistics.
 ## Remedy
 Save again from the program that trained the model: `model.state_dict()`, or `tf.train.Saver()` without `var_list`. If
 it is gone, the statistics can be measured on training data with the weights as they are:
-`batchnorm.recalibrate(model, loader)`. That is not safe in the sense of leaving outputs as they are: it is meant to
-change them.
+`batchnorm.recalibrate(model, loader)`, or for the file `batchnorm doctor FILE --fix --unsafe-fixes`, which takes those
+of TensorFlow and Keras from a function of yours. That is not safe in the sense of leaving outputs as they are: it is
+meant to change them.
 
 ## False positives
 A model that was built with `track_running_stats=False` (MAML, adaptation at test time), if its names say batch
@@ -50,6 +51,9 @@ REMEDIES = {
     "torch": "Save model.state_dict() again where the model was trained",
     "tensorflow": "Save again with tf.train.Saver() without var_list where the model was trained",
     "keras": "Save the whole model again where it was trained",
+}
+MEASURING = dict.fromkeys(REMEDIES, "batchnorm doctor --fix --unsafe-fixes --statistics") | {
+    "torch": "batchnorm recalibrate"
 }
 
 NEW = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
@@ -88,7 +92,7 @@ def finding(layer: Layer, roles: list[str], severity: Severity, confidence: str)
         layer.path,
         f"{opening}. {consequence(layer, roles)}",
         measured={"missing": names, "num_features": layer.num_features},
-        remedy=f"{REMEDIES[layer.framework]}, or measure them on training data with batchnorm recalibrate.",
+        remedy=f"{REMEDIES[layer.framework]}, or measure them on training data with {MEASURING[layer.framework]}.",
         safe=False,
         confidence=confidence,
     )
