@@ -93,7 +93,7 @@ FAULTS: dict[str, Case] = {
     "no running statistics, batches of 1": fault(without_tracking(nn, lambda: batches(3, 1)), "BN204"),
     "a layer for two values, shifted": fault(on(lambda: Siamese(nn, lambda x: x + 5), *SOME), "BN205"),
     "a layer for two values, scaled": fault(on(lambda: Siamese(bnn, lambda x: 4 * x), *SOME), "BN205"),
-    "a head for training only": fault(on(lambda: WithHead(), *SOME), "BN205"),
+    "a head for training only": fault(on(WithHead, *SOME), "BN205"),
     "a mean of 3,000 standard deviations": fault(on(lambda: nn.BatchNorm2d(2), *IMAGES, mean=3e3), "BN206"),
     "a mean of 1,000,000 standard deviations": fault(on(lambda: nn.BatchNorm2d(2), *IMAGES, mean=1e6), "BN206"),
     "temperatures in kelvin": fault(on(lambda: nn.BatchNorm2d(2), *IMAGES, mean=300.0, std=0.02), "BN206"),
