@@ -1,30 +1,22 @@
-"""Checkpoints with faults that are known, and healthy ones: what rules are measured on.
+"""Checkpoints of torch with faults that are known, and healthy ones: what rules about values are measured on.
 
-``FAULTS``, ``HEALTHY`` and ``FALSE_POSITIVES`` map a name to a :class:`Case`; ``write`` puts its contents into a file
+``FAULTS``, ``HEALTHY`` and ``FALSE_POSITIVES`` map a name to a :class:`Case`; ``write`` puts what it makes into a file
 as users would. Faults are made the way they arise, where that takes no more than a few lines: by training with an
 infinite input, under activation checkpointing, by ``half()``.
 """
 
 import copy
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from doctor.networks import MOBILENETS, MODELS, STEPS, Network, seeded, train, trained
+from doctor.cases import Case, fault, healthy
+from doctor.networks import MOBILENETS, MODELS, STEPS, Network, of_a_library, seeded, train, trained
 
 State = dict[str, Any]
-
-
-class Case(NamedTuple):
-    """What ``torch.save`` writes, and the codes of all findings that it should lead to."""
-
-    make: Callable[[], Any]
-    codes: frozenset[str]
 
 
 def edited(**changes: Callable[[Tensor], Tensor]) -> Callable[[], State]:
@@ -155,10 +147,6 @@ def with_keras_names() -> State:
     return state | {f"bn1.{name}": trained().state_dict()[f"bn1.{role}"] for role, name in names.items()}
 
 
-def fault(make: Callable[[], Any], *codes: str) -> Case:
-    return Case(make, frozenset(codes))
-
-
 FAULTS: dict[str, Case] = {
     "parameters alone": fault(lambda: dict(trained().named_parameters()), "BN100"),
     "statistics of one layer lost": fault(without("block1.bn2.running_mean", "block1.bn2.running_var"), "BN100"),
@@ -219,18 +207,8 @@ FAULTS: dict[str, Case] = {
 }
 
 
-def of_a_library(make: Callable[[], nn.Module]) -> Callable[[], State]:
-    """A network of another library, with random weights, after a few steps."""
-
-    def state() -> State:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        with warnings.catch_warnings():
-            # their imports warn
-            warnings.simplefilter("ignore")
-            model = seeded(make)
-        return train(model, size=32, learning_rate=0.01).state_dict()
-
-    return state
+def state_of_a_library(make: Callable[[], nn.Module]) -> Callable[[], State]:
+    return lambda: of_a_library(make).state_dict()
 
 
 def other_normalization(layer: Callable[[int], nn.Module]) -> Callable[[], State]:
@@ -240,11 +218,6 @@ def other_normalization(layer: Callable[[int], nn.Module]) -> Callable[[], State
 def with_moving_average() -> State:
     """Of a model and its average, whose counters differ."""
     return {"model": trained().state_dict(), "ema": train(trained(), 1).state_dict(), "epoch": 3}
-
-
-def healthy(make: Callable[[], Any], *codes: str) -> Case:
-    """``codes``: of what is only information, and right."""
-    return Case(make, frozenset(codes))
 
 
 HEALTHY: dict[str, Case] = {
@@ -257,7 +230,6 @@ HEALTHY: dict[str, Case] = {
         },
         "BN101",
     ),
-    "a whole model": healthy(trained, "BN001"),
     "no affine": healthy(lambda: trained(layer=lambda c: nn.BatchNorm2d(c, affine=False)).state_dict()),
     "no bias": healthy(lambda: trained(layer=lambda c: nn.BatchNorm2d(c, bias=False)).state_dict()),
     "cumulative averages": healthy(lambda: trained(layer=lambda c: nn.BatchNorm2d(c, momentum=None)).state_dict()),
@@ -266,9 +238,9 @@ HEALTHY: dict[str, Case] = {
     "group normalization": healthy(other_normalization(lambda c: nn.GroupNorm(2, c).requires_grad_(True))),
     "no normalization": healthy(lambda: nn.Linear(3, 2).state_dict()),
     "nothing": healthy(dict),
-    **{make.__name__: healthy(of_a_library(make)) for make in MODELS},
+    **{make.__name__: healthy(state_of_a_library(make)) for make in MODELS},
     # their variances are small, since their initial weights are, and a state dict does not tell their eps of 1e-3
-    **{make.__name__: healthy(of_a_library(make), "BN103") for make in MOBILENETS},
+    **{make.__name__: healthy(state_of_a_library(make), "BN103") for make in MOBILENETS},
 }
 
 

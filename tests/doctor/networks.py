@@ -1,7 +1,9 @@
 """Small networks that the corpus of checkpoints is made of, ours and those of other libraries."""
 
 import copy
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -47,13 +49,19 @@ class Network(nn.Module):
         return self.fc(self.block2(self.block1(x)).mean((2, 3)))
 
 
-def train(model: nn.Module, steps: int = STEPS, size: int = 6, learning_rate: float = 0.02) -> nn.Module:
-    """A few steps on noise whose mean tells the class."""
+def examples(count: int, samples: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of noise whose mean tells the class, always the same."""
     generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        labels = torch.randint(4, (samples,), generator=generator)
+        x = torch.randn(samples, 3, size, size, generator=generator)
+        yield x + labels.view(-1, 1, 1, 1) - 1.5, labels
+
+
+def train(model: nn.Module, steps: int = STEPS, size: int = 6, learning_rate: float = 0.02) -> nn.Module:
+    """A few steps on :func:`examples`."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], learning_rate, momentum=0.9)
-    for _ in range(steps):
-        labels = torch.randint(4, (16,), generator=generator)
-        x = torch.randn(16, 3, size, size, generator=generator) + labels.view(-1, 1, 1, 1) - 1.5
+    for x, labels in examples(steps, 16, size):
         output = model(x)
         loss = nn.functional.cross_entropy(getattr(output, "logits", output), labels)
         optimizer.zero_grad()
@@ -85,6 +93,16 @@ def trained_once(prepare: Callable[[Network], object], layer: Callable[..., nn.M
     return train(model)
 
 
+def of_a_library(make: Callable[[], nn.Module], steps: int = STEPS) -> nn.Module:
+    """A network of another library, with random weights, after a few steps."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with warnings.catch_warnings():
+        # their imports warn
+        warnings.simplefilter("ignore")
+        model = seeded(make)
+    return train(model, steps, size=32, learning_rate=0.01)
+
+
 def transformers_resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -113,6 +131,13 @@ def transformers_mobilenet_v2() -> nn.Module:
     return MobileNetV2ForImageClassification(MobileNetV2Config(**sizes, num_labels=4))
 
 
+def transformers_efficientnet() -> nn.Module:
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    sizes = {"width_coefficient": 0.1, "depth_coefficient": 0.3, "hidden_dim": 128, "depth_divisor": 4}
+    return EfficientNetForImageClassification(EfficientNetConfig(image_size=32, num_labels=4, **sizes))
+
+
 def efficientnet() -> nn.Module:
     from efficientnet_pytorch import EfficientNet
 
@@ -136,6 +161,12 @@ def monai_unet() -> nn.Module:
 
     network = UNet(2, 3, 4, (4, 6, 8), (2, 2), num_res_units=2, norm="batch")
     return nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def monai_unet_3d() -> nn.Module:
+    from monai.networks.nets.unet import UNet
+
+    return UNet(3, 1, 2, (4, 6), (2,), num_res_units=1, norm="batch")
 
 
 MODELS = (

@@ -1,7 +1,6 @@
 """BN001 to BN005: each finds its fault in a file that has it, and nothing in the files that torch writes."""
 
 import importlib
-import zipfile
 
 import pytest
 import safetensors.torch
@@ -11,7 +10,20 @@ from torch import nn
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.read.open import read
 from batchnorm.doctor.rule import Needs, Rule, Subject
-from hostile_files import entry, state_dict, tensor, torch_file, write_safetensors, write_zip
+from doctor.container_corpus import (
+    ATTACKS,
+    FOUR,
+    PLAIN,
+    attack,
+    bomb,
+    named,
+    old_tar,
+    packed_again,
+    with_flipped_bit,
+    with_shared_bytes,
+    with_short_safetensors,
+)
+from hostile_files import torch_file, write_zip
 
 MODULES = {
     "BN001": "bn001_unsafe_globals",
@@ -20,8 +32,6 @@ MODULES = {
     "BN004": "bn004_damaged_container",
     "BN005": "bn005_unfit_names",
 }
-FOUR = ("archive/data/0", bytes(16))
-PLAIN = state_dict(a=tensor("0", 4, [4], [1]))
 
 
 def module(code: str):
@@ -72,12 +82,9 @@ def test_model_saved_whole_is_a_warning_with_its_classes(tmp_path):
     assert "torch.nn.modules.batchnorm.BatchNorm2d" in finding.message
 
 
-@pytest.mark.parametrize(
-    "name", ["os system", "posix system", "builtins eval", "__builtin__ exec", "subprocess Popen", "runpy _run_code"]
-)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_name_known_from_attacks_is_an_error(tmp_path, name):
-    call = f"c{name.replace(' ', chr(10), 1)}\n".encode() + b"(X\x04\x00\x00\x00truetR0"
-    path = torch_file(tmp_path / "model.pt", b"\x80\x02" + call + PLAIN[2:], FOUR)
+    path = attack(name)(tmp_path)
     finding = only(path, "BN001")
     assert finding.severity == Severity.ERROR
     assert finding.measured["known_from_attacks"] == 1
@@ -86,45 +93,26 @@ def test_name_known_from_attacks_is_an_error(tmp_path, name):
 
 
 def test_flipped_bit_is_found_which_torch_load_does_not_see(tmp_path):
-    path = tmp_path / "model.pt"
     state = network().state_dict()
-    torch.save(state, path)
-    with zipfile.ZipFile(path) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("data/5")]
-        offset = archive.getinfo(name).header_offset
-    data = bytearray(path.read_bytes())
-    # the data of a member begin behind its header, name and padding
-    start = offset + 30 + data[offset + 26] + data[offset + 28]
-    data[start + 3] ^= 0x40
-    path.write_bytes(data)
+    path = with_flipped_bit(5, 3, lambda: state)(tmp_path)
     assert not torch.equal(torch.load(path)["1.running_var"], state["1.running_var"])
     finding = only(path, "BN002")
     assert finding.severity == Severity.ERROR
-    assert name in finding.message
+    assert "data/5" in finding.message
     assert finding.measured["expected"] != finding.measured["found"]
 
 
 def test_archive_packed_again_is_a_warning_and_its_compressed_values_are_not_read(tmp_path):
-    torch.save(network().state_dict(), tmp_path / "model.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "model.pt") as archive,
-        zipfile.ZipFile(tmp_path / "again.pt", "w", zipfile.ZIP_DEFLATED) as again,
-    ):
-        for name in archive.namelist():
-            again.writestr(name, archive.read(name))
-    result = findings(tmp_path / "again.pt")
+    path = packed_again(tmp_path, lambda: network().state_dict())
+    result = findings(path)
     assert {(finding.code, finding.severity) for finding in result} == {("BN003", Severity.WARNING)}
-    checkpoint = read(tmp_path / "again.pt")
+    checkpoint = read(path)
     assert len(checkpoint.tensors) == 7
     assert checkpoint.facts["left_out"] == {"1": "5 of its tensors cannot be read"}
 
 
 def test_bomb_is_a_warning_with_both_sizes(tmp_path):
-    path = tmp_path / "bomb.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", state_dict(a=tensor("0", 1 << 24, [1 << 24], [1])))
-        archive.writestr("archive/data/0", bytes(1 << 26))
-    finding = findings(path)[-1]
+    finding = findings(bomb(tmp_path))[-1]
     assert finding.code == "BN003"
     assert finding.measured["bytes"] < 70_000
     assert finding.measured["unpacked"] == 1 << 26
@@ -147,20 +135,13 @@ def test_contradictions_of_an_archive_are_errors(tmp_path, others, options, prob
 
 
 def test_members_that_share_bytes_are_errors(tmp_path):
-    path = torch_file(tmp_path / "model.pt", PLAIN, FOUR, ("archive/data/1", b""))
-    data = bytearray(path.read_bytes())
-    # the last entry of the directory gets the position of the one before it, and the name of its header
-    entries = [at for at in range(len(data)) if data[at : at + 4] == b"PK\x01\x02"]
-    data[entries[2] + 42 : entries[2] + 46] = data[entries[1] + 42 : entries[1] + 46]
-    path.write_bytes(data)
-    problems = " ".join(finding.message for finding in findings(path))
+    problems = " ".join(finding.message for finding in findings(with_shared_bytes(tmp_path)))
     assert "shares bytes with the member before it" in problems
     assert "another name in its own header" in problems
 
 
 def test_contradictions_of_a_safetensors_header_are_errors(tmp_path):
-    path = write_safetensors(tmp_path / "model.safetensors", {"a": entry("F32", [2], 0, 4)}, bytes(4))
-    assert only(path, "BN003").measured == {"bytes": 4, "expected": 8}
+    assert only(with_short_safetensors(tmp_path), "BN003").measured == {"bytes": 4, "expected": 8}
 
 
 def test_old_formats_and_files_that_were_cut_off_are_told_apart(tmp_path):
@@ -177,13 +158,9 @@ def test_old_formats_and_files_that_were_cut_off_are_told_apart(tmp_path):
 
 
 def test_tar_of_the_first_versions_is_listed(tmp_path):
-    import tarfile
-
-    with tarfile.open(tmp_path / "model.pth", "w") as archive:
-        for name in ("sys_info", "pickle", "tensors", "storages"):
-            archive.addfile(tarfile.TarInfo(name))
-    assert only(tmp_path / "model.pth", "BN004").severity == Severity.ERROR
-    assert read(tmp_path / "model.pth").facts["members"] == ["sys_info", "pickle", "tensors", "storages"]
+    path = old_tar(tmp_path)
+    assert only(path, "BN004").severity == Severity.ERROR
+    assert read(path).facts["members"] == ["sys_info", "pickle", "tensors", "storages"]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +176,7 @@ def test_tar_of_the_first_versions_is_listed(tmp_path):
     ],
 )
 def test_unfit_names_are_warnings_and_escaped(tmp_path, name, problem):
-    path = torch_file(tmp_path / "model.pt", state_dict(**{name: tensor("0", 4, [4], [1])}), FOUR)
+    path = named(name)(tmp_path)
     finding = only(path, "BN005")
     assert finding.severity == Severity.WARNING
     assert problem in finding.message
@@ -209,7 +186,7 @@ def test_unfit_names_are_warnings_and_escaped(tmp_path, name, problem):
 
 
 def test_name_of_a_megabyte_is_an_error_and_not_listed(tmp_path):
-    path = torch_file(tmp_path / "model.pt", state_dict(**{"n" * 1_000_000: tensor("0", 4, [4], [1])}), FOUR)
+    path = named("n" * 1_000_000)(tmp_path)
     finding = only(path, "BN005")
     assert finding.severity == Severity.ERROR
     assert len(finding.message) < 300

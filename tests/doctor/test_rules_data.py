@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm
 from batchnorm.doctor.examine import examine
+from doctor.live_networks import Paths
 from examined import NORMS, batches, found, layers_of, network, snapshot, trained
 
 both = pytest.mark.parametrize("norm", NORMS, ids=["torch", "ours"])
@@ -64,17 +65,6 @@ def test_infinite_statistics_are_left_to_other_rules(norm):
     model = trained(norm)
     model[1].running_mean[0], model[1].running_var[1], model[4].running_var[2] = float("nan"), float("inf"), -1.0
     assert found("BN108", model, batches()) == []
-
-
-class Paths(nn.Module):
-    """One layer used twice, one never."""
-
-    def __init__(self, norm, second=lambda x: x):
-        super().__init__()
-        self.shared, self.unused, self.second = norm.BatchNorm1d(3), norm.BatchNorm1d(3), second
-
-    def forward(self, x):
-        return torch.cat([self.shared(x), self.shared(self.second(x))], 1)
 
 
 @both

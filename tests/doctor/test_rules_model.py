@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import batchnorm
 from batchnorm.doctor.examine import examine
+from doctor.live_networks import FunctionalDropout, Teacher
 from examined import NORMS, batches, found, layers_of, network, trained
 
 both = pytest.mark.parametrize("norm", NORMS, ids=["torch", "ours"])
@@ -136,15 +137,6 @@ def test_layer_without_running_statistics_is_graver_where_samples_are_alone(norm
     assert found("BN204", norm.BatchNorm2d(4), [torch.randn(1, 4, 2, 2)]) == []
 
 
-class FunctionalDropout(nn.Module):
-    def __init__(self, norm, always=False):
-        super().__init__()
-        self.conv, self.norm, self.always = nn.Conv2d(3, 4, 1, bias=False), norm.BatchNorm2d(4), always
-
-    def forward(self, x):
-        return self.norm(F.dropout(self.conv(x), 0.2, True if self.always else self.training))
-
-
 @both
 def test_dropout_directly_before_a_layer_is_found(norm):
     conv = nn.Conv2d(3, 4, 1)
@@ -236,21 +228,6 @@ def test_frozen_whole_or_learning_layers_are_not_half_frozen(norm):
     assert found("BN302", model) == []
     assert found("BN302", norm.BatchNorm1d(3, affine=False)) == []
     assert found("BN302", norm.BatchNorm1d(3, momentum=0.0).requires_grad_(False)) == []
-
-
-class Teacher(nn.Module):
-    """A student, and a teacher that follows it by parameters alone."""
-
-    def __init__(self, norm, steps=3):
-        super().__init__()
-        self.student = network(norm)
-        self.teacher = copy.deepcopy(self.student)
-        self.student(batches(1)[0])
-        for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            old.data.lerp_(new.data + 0.01, 0.5)
-
-    def forward(self, x):
-        return self.student(x)
 
 
 @both

@@ -60,10 +60,12 @@ class TestMissingStatistics:
         raw = x * weight.view(-1, 1, 1) + state["bias"].view(-1, 1, 1)
         torch.testing.assert_close(layer(x), raw, rtol=1e-4, atol=1e-5)
 
-    def test_a_model_built_without_statistics_cannot_be_told_apart(self):
+    def test_a_model_built_without_statistics_is_told_apart_by_metadata_alone(self):
         # the false positive that the page names
         state = seeded(lambda: Network(lambda c: nn.BatchNorm2d(c, track_running_stats=False))).state_dict()
-        assert {finding.confidence for finding in examine(state).findings} == {"likely"}
+        for found, severity, confidence in ((state, "warning", "possible"), (dict(state), "error", "likely")):
+            findings = examine(found).findings
+            assert {(finding.severity, finding.confidence) for finding in findings} == {(severity, confidence)}
 
 
 class TestInitialStatistics:

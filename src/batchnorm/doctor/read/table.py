@@ -77,6 +77,8 @@ class Table:
         ):
             if values:
                 facts[name] = dict(list(values.items())[:NOTED])
+        if self.versions:
+            facts["versions"] = self.versions
         return Checkpoint(self.source, format, self.tensors, found.layers, self.faults, facts)
 
 

@@ -20,7 +20,8 @@ batches, stays as it was, which makes the fault hard to see.
 ## Evidence
 No threshold. A tensor with statistics' names, a graph or a configuration makes a layer certain: error. Where only
 names and shapes suggest batch normalization, it is an error with confidence "likely" if no layer of the file has
-statistics, and a warning with confidence "possible" if others have them.
+statistics, and a warning with confidence "possible" if others have them, or if the metadata that `state_dict()` leaves
+in a file name the layer: then it may have been built without statistics.
 
 ## Remedy
 Save again from the program that trained the model: `model.state_dict()`, or `tf.train.Saver()` without `var_list`. If
@@ -31,7 +32,8 @@ meant to change them.
 
 ## False positives
 A model that was built with `track_running_stats=False` (MAML, adaptation at test time), if its names say batch
-normalization: nothing in a state dict tells the two apart. Names such as `bn1` for a layer that is none.
+normalization: nothing in a plain dict or in safetensors tells the two apart. Names such as `bn1` for a layer that is
+none.
 
 ## References
 Ioffe and Szegedy 2015, algorithm 2 (evaluation uses population statistics). Threads where people met it:
@@ -59,12 +61,15 @@ NEW = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
 
 def check(subject: Subject) -> Iterator[Finding]:
     """One finding for each layer."""
+    versions = subject.checkpoint.facts.get("versions", {}) if subject.checkpoint is not None else {}
     for layers in together(subject):
         none_has = all(missing(layer) for layer in layers)
         for layer in layers:
             if roles := missing(layer):
-                severity = Severity.ERROR if layer.sure or none_has else Severity.WARNING
-                confidence = "certain" if layer.sure else "likely" if none_has else "possible"
+                # torch wrote down all that the layer has, or its statistics were taken out later
+                likely = none_has and layer.path not in versions
+                severity = Severity.ERROR if layer.sure or likely else Severity.WARNING
+                confidence = "certain" if layer.sure else "likely" if likely else "possible"
                 yield finding(layer, roles, severity, confidence)
 
 

@@ -98,7 +98,8 @@ def consequences(layer: Layer) -> tuple[dict[str, float | int | None], str]:
         measured |= {"largest_shift_in_std": plain(shift), "largest_change_of_scale": plain(scale)}
         parts = [f"shifts outputs by up to {shift:.2g} standard deviations of their channel"] if shift else []
         parts += [f"scales them by up to {100 * scale:.2g}%"] if scale else []
-        said = f" Rounding {listed(parts)} ({eps_in_words(layer)})."
+        # variances of 0 in bfloat16 beside means in float32 changed nothing that has digits
+        said = f" Rounding {listed(parts)} ({eps_in_words(layer)})." if parts else ""
     if infinite:
         said += f" {infinite} variances are infinite: too large for the type, and their channels are constant."
     if zero:
