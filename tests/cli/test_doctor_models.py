@@ -8,28 +8,9 @@ import pytest
 from doctoring import LOADER, MODEL, doctor, install, lines, seen
 
 from batchnorm.doctor.rule import Needs
-from small_network import inputs, save, trained
+from small_network import inputs, trained
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without a pyproject.toml but the test's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-
-
-@pytest.fixture
-def healthy() -> str:
-    state = trained().state_dict()
-    save(Path("net.pt"), state)
-    return "net.pt"
-
-
-@pytest.fixture
-def lost() -> str:
-    """What TensorFlow's saver of trainable variables does, in torch: the running statistics are not in the file."""
-    save(Path("lost.pt"), dict(trained().named_parameters()))
-    return "lost.pt"
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_rules_that_need_a_model_see_the_state_of_the_file(

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from batchnorm.doctor.checkpoint import Checkpoint
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.read.open import read
 from batchnorm.doctor.rule import Needs, Rule, Subject
@@ -199,3 +200,11 @@ def test_thousands_of_faults_are_counted_and_not_listed(tmp_path):
     result = findings(path)
     assert len(result) == 100
     assert result[-1].measured["more"] == 900
+
+
+@pytest.mark.parametrize(("format", "said"), [("torch", True), ("tensorflow", False)])
+def test_a_wrong_checksum_speaks_of_torch_in_its_files_alone(format, said):
+    fault = {"where": "data", "problem": "has another checksum", "grave": True}
+    checkpoint = Checkpoint("model", format, {}, [], {"BN002": [fault]})
+    (finding,) = module("BN002").RULE.check(Subject("model", [], checkpoint))
+    assert ("torch.load does not notice" in finding.message) == said

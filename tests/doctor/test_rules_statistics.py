@@ -163,6 +163,7 @@ class TestImpossibleStatistics:
 
     def test_tensorflows_eps_is_assumed_for_its_layers(self):
         [finding] = findings_of("BN102", make_layer(framework="tensorflow", running_var=[-1e-4, 1.0]))
+        assert "doctor --fix --unsafe-fixes --statistics" in finding.remedy
         assert "eps 0.001, assumed" in finding.message
 
     def test_a_mean_alone_is_examined_too(self):

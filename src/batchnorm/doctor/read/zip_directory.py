@@ -161,7 +161,9 @@ def check_member(member: Member, faults: Faults) -> None:
         pass
     elif member.method != STORED:
         problem = (
-            "is compressed, which torch never does" if member.method == DEFLATED else "is packed in an unknown way"
+            "is compressed, which torch and Keras never do"
+            if member.method == DEFLATED
+            else "is packed in an unknown way"
         )
         faults.add("BN003", name, problem, grave=False, bytes=member.packed, unpacked=member.size, method=member.method)
     elif member.packed != member.size:

@@ -1,7 +1,8 @@
 """# BN002: checksum-mismatch
 
 ## What it finds
-The bytes of a member of the archive do not have the checksum (CRC-32) that was stored when it was written.
+The bytes of a member of an archive, or of a tensor of a TensorFlow checkpoint, do not have the checksum (CRC-32,
+CRC-32C) that was stored when they were written.
 
 ## Why it is bad
 Bits changed since then: on a disk, in memory or in transit. `torch.load` does not compare checksums and loads the
@@ -36,11 +37,12 @@ from batchnorm.doctor.rules.container import report
 
 def check(subject: Subject) -> Iterator[Finding]:
     """One finding for each member."""
+    is_torch = subject.checkpoint is not None and subject.checkpoint.format == "torch"
     yield from report(
         subject,
         RULE.code,
         RULE.name,
-        follows="Its bytes changed since it was written, and torch.load does not notice.",
+        follows=f"Its bytes changed since it was written{', and torch.load does not notice' if is_torch else ''}.",
         remedy="Fetch the file again from its source.",
     )
 
@@ -50,7 +52,7 @@ RULE = Rule(
     "checksum-mismatch",
     Severity.ERROR,
     frozenset({Needs.FILE}),
-    "a member of the archive differs from its checksum, which torch.load does not compare",
+    "a member of the file differs from its checksum, which torch.load does not compare",
     check,
     container=True,
 )

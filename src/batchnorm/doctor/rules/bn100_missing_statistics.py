@@ -45,17 +45,13 @@ from collections.abc import Iterator
 from batchnorm.doctor.checkpoint import ROLES, Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
-from batchnorm.doctor.rules.values import called, gamma_of, listed, span, together
+from batchnorm.doctor.rules.values import MEASURING, called, gamma_of, listed, span, together
 
 REMEDIES = {
     "torch": "Save model.state_dict() again where the model was trained",
     "tensorflow": "Save again with tf.train.Saver() without var_list where the model was trained",
     "keras": "Save the whole model again where it was trained",
 }
-MEASURING = dict.fromkeys(REMEDIES, "batchnorm doctor --fix --unsafe-fixes --statistics") | {
-    "torch": "batchnorm recalibrate"
-}
-
 NEW = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
 
 

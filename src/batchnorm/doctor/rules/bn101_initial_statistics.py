@@ -48,7 +48,17 @@ import numpy as np
 from batchnorm.doctor.checkpoint import Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
-from batchnorm.doctor.rules.values import are_initial, called, counter_of, eps_of, plain, span, statistics_of, together
+from batchnorm.doctor.rules.values import (
+    MEASURING,
+    are_initial,
+    called,
+    counter_of,
+    eps_of,
+    plain,
+    span,
+    statistics_of,
+    together,
+)
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -113,7 +123,8 @@ def finding(layer: Layer, trained: bool, spreads: np.ndarray) -> Finding:
         f"channels, {why}. {consequence(spreads, eps_of(layer))}",
         measured=measured,
         threshold={"num_batches_tracked": 0},
-        remedy="Measure the statistics on training data with batchnorm recalibrate, or take another checkpoint.",
+        remedy=f"Measure the statistics on training data with {MEASURING[layer.framework]}, or take another "
+        "checkpoint.",
         safe=False,
         confidence=confidence,
     )

@@ -41,6 +41,7 @@ from batchnorm.doctor.checkpoint import STATISTICS, Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
 from batchnorm.doctor.rules.values import (
+    MEASURING,
     beta_of,
     called,
     channels,
@@ -91,7 +92,7 @@ def finding(layer: Layer, faults: dict[str, np.ndarray]) -> Finding:
         f"{listed(f'{problem} in {channels(mask)}' for problem, mask in faults.items())}. {said(outcomes, layer)}",
         measured={**measured, "channels": first_channels(bad)},
         threshold={"least_variance": 0},
-        remedy="Measure the statistics of these layers on training data with batchnorm recalibrate.",
+        remedy=f"Measure the statistics of these layers on training data with {MEASURING[layer.framework]}.",
         safe=False,
     )
 

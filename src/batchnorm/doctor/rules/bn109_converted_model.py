@@ -52,7 +52,7 @@ import numpy as np
 from batchnorm.doctor.checkpoint import Layer
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.rule import Needs, Rule, Subject
-from batchnorm.doctor.rules.values import are_initial, counter_of, plain, statistics_of
+from batchnorm.doctor.rules.values import MEASURING, are_initial, counter_of, plain, statistics_of
 
 OURS = ("torch", "safetensors", "state dict")
 MOMENTUM, NEAR_CERTAIN = 0.5, 0.9
@@ -85,7 +85,7 @@ def other_sense(layer: Layer, momentum: float) -> Finding:
         "other framework's sense, as the weight of the old average.",
         measured={"momentum": plain(momentum)},
         threshold={"momentum": MOMENTUM},
-        remedy=f"Set {said}, and measure the statistics on training data with batchnorm recalibrate.",
+        remedy=f"Set {said}, and measure the statistics on training data with {MEASURING[layer.framework]}.",
         safe=False,
         confidence="likely" if NEAR_CERTAIN <= momentum < 1 else "possible",
     )

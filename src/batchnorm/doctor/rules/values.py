@@ -14,6 +14,10 @@ NAMES = {
     "tensorflow": {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 }
 NAMES["keras"] = NAMES["tensorflow"]
+# the command that measures statistics of a file
+MEASURING = dict.fromkeys(DEFAULT_EPS, "batchnorm doctor --fix --unsafe-fixes --statistics") | {
+    "torch": "batchnorm recalibrate"
+}
 LISTED = 8
 
 
